@@ -1,0 +1,107 @@
+"""Timing on machines that are never quite idle: interleaved repeats, medians, and ratios of neighbours in time.
+
+What disturbs one function then disturbs its baseline a few milliseconds later too, so the ratio of the two is steadier
+than either. A ratio is the median over repeats of (this function / baseline of the same repeat).
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+Call = Callable[[], Any]
+
+
+def measure_interleaved(calls: dict[str, Call], repeats: int) -> dict[str, np.ndarray]:
+    """Times several calls in turn, over and over, after one untimed call of each.
+
+    Args:
+      calls: functions without arguments that return when their work is done.
+      repeats: timed rounds.
+
+    Returns:
+      Milliseconds `[repeats]` of each call.
+    """
+    for call in calls.values():
+        call()
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            samples[name].append(1e3 * (time.perf_counter() - start))
+    return {name: np.array(values) for name, values in samples.items()}
+
+
+def summarize(samples: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
+    """Reduces paired samples to the figures of a benchmark row.
+
+    Args:
+      samples: milliseconds `[repeats]`.
+      baseline: milliseconds `[repeats]` of the baseline in the same rounds.
+
+    Returns:
+      `ms` and `baseline_ms` (medians), `ratio` (median of paired ratios), and the interquartile ranges `ms_iqr` and
+      `ratio_iqr`.
+    """
+    ratios = samples / baseline
+    return {
+        "ms": float(np.median(samples)),
+        "ms_iqr": _interquartile_range(samples),
+        "baseline_ms": float(np.median(baseline)),
+        "ratio": float(np.median(ratios)),
+        "ratio_iqr": _interquartile_range(ratios),
+    }
+
+
+def _interquartile_range(values: np.ndarray) -> float:
+    """Distance between the quartiles."""
+    low, high = np.percentile(values, [25, 75])
+    return float(high - low)
+
+
+def compile_cold_and_warm(function: Callable, *arguments: Any) -> tuple[Call, dict[str, float]]:
+    """Compiles with an empty persistent cache and once more with what that left there, as a second start would.
+
+    Args:
+      function: a traceable function.
+      *arguments: its arguments, which the returned call uses too.
+
+    Returns:
+      A call that runs the program to its end, and `compile_cold_s`, `compile_warm_s` (tracing included), `first_run_ms`
+      and `temp_mib` (peak memory for intermediate results, from the compiler).
+    """
+    settings = {
+        "jax_compilation_cache_dir": None,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for name, value in {**settings, "jax_compilation_cache_dir": folder}.items():
+                jax.config.update(name, value)
+            seconds = []
+            for _ in range(2):
+                jax.clear_caches()
+                jax.experimental.compilation_cache.compilation_cache.reset_cache()
+                start = time.perf_counter()
+                compiled = jax.jit(function).lower(*arguments).compile()
+                seconds.append(time.perf_counter() - start)
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
+    start = time.perf_counter()
+    jax.block_until_ready(compiled(*arguments))
+    figures = {
+        "compile_cold_s": seconds[0],
+        "compile_warm_s": seconds[1],
+        "first_run_ms": 1e3 * (time.perf_counter() - start),
+        "temp_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20,
+    }
+    return lambda: jax.block_until_ready(compiled(*arguments)), figures

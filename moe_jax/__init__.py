@@ -1,0 +1,1 @@
+"""moe_jax: the research workbench for Mixture-of-Experts in JAX."""

@@ -1,0 +1,47 @@
+"""The command `moe-jax`: one file per sub-command, each with `add_command` and the function that it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from moe_jax.cli import report, runs
+from moe_jax.runs import ConfigError, RunError
+
+_EXAMPLES = """examples:
+  moe-jax runs                                          the runs below ./runs, newest first
+  moe-jax report runs/evolve_topology/small-seed0       makes its report.html again
+
+Experiments are modules of their own: python -m experiments.evolve_topology --help
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a sub-command.
+
+    Args:
+      argv: arguments without the program's name; None takes those of the process.
+
+    Returns:
+      The exit code: 0, or 2 after an error that the caller can mend, which is one line on stderr.
+    """
+    parser = _Parser(prog="moe-jax", description="Looks after runs.", epilog=_EXAMPLES, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (runs, report):
+        command.add_command(commands)
+    try:
+        arguments = parser.parse_args(argv)
+        arguments.run(arguments)
+    except (ConfigError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are exceptions."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ConfigError(f"{message} (see {self.prog} --help)")

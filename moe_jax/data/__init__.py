@@ -1,0 +1,34 @@
+"""Text as bytes: documents by domain, disjoint splits, batches in a reproducible order, and a byte n-gram baseline.
+
+documents = load_documents(config)
+splits = split_documents(documents, config)
+batches = train_batches(splits["train"], config, key, start_step=0, num_steps=1000)
+heldout = pack(splits["test"], config.sequence_length)
+baseline = ngram.bits_per_byte(ngram.fit(splits["train"]), splits["test"])
+"""
+
+from moe_jax.data import ngram
+from moe_jax.data.batches import Batch, train_batches
+from moe_jax.data.config import DataConfig
+from moe_jax.data.documents import Document, domain_names, drop_duplicates
+from moe_jax.data.sequences import Sequences, balanced_subset, pack
+from moe_jax.data.sources import BUILT_IN, load_documents
+from moe_jax.data.splits import SPLITS, describe_splits, split_documents
+
+__all__ = [
+    "BUILT_IN",
+    "SPLITS",
+    "Batch",
+    "DataConfig",
+    "Document",
+    "Sequences",
+    "balanced_subset",
+    "describe_splits",
+    "domain_names",
+    "drop_duplicates",
+    "load_documents",
+    "ngram",
+    "pack",
+    "split_documents",
+    "train_batches",
+]

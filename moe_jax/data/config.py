@@ -1,0 +1,56 @@
+"""What a run says about its data."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which text, how it is split, and how it is cut into sequences.
+
+    Attributes:
+      domains: built-in domains, keys of `moe_jax.data.BUILT_IN`.
+      folders: folders of UTF-8 text: "name=path" makes one domain of every file below `path`; "path" alone makes a
+        domain of each of its sub-folders.
+      python_bytes: how much of the interpreter's standard library the domain "python" reads, bytes.
+      search_fraction: share of every domain's bytes that the search may see.
+      selection_fraction: share on which the search's results are compared.
+      test_fraction: share on which the chosen ones are reported; training gets the rest.
+      seed: of the split; training order has its own key.
+      sequence_length: S, the bytes that are predicted in a sequence.
+      batch_size: B, sequences in a training batch.
+      domain_weights: share of each domain, in the order built-in then folders, in training batches; empty for equal
+        shares.
+    """
+
+    domains: tuple[str, ...] = ("speeches", "novel", "mathematics", "python")
+    folders: tuple[str, ...] = ()
+    python_bytes: int = 400_000
+    search_fraction: float = 0.06
+    selection_fraction: float = 0.06
+    test_fraction: float = 0.06
+    seed: int = 0
+    sequence_length: int = 128
+    batch_size: int = 32
+    domain_weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuses values that make no sense.
+
+        Raises:
+          ValueError: naming the field, its value and what is expected.
+        """
+        if not self.domains and not self.folders:
+            raise ValueError("domains and folders are both empty; name at least one domain or folder of text")
+        for name in ("python_bytes", "sequence_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}, expected at least 0")
+        held_out = (self.search_fraction, self.selection_fraction, self.test_fraction)
+        if not (min(held_out) > 0 and sum(held_out) < 1):
+            raise ValueError(
+                f"search_fraction, selection_fraction and test_fraction are {held_out}; "
+                "each must be above 0, and their sum below 1 so that training gets the rest"
+            )
+        if self.domain_weights and not (min(self.domain_weights) >= 0 and 0 < sum(self.domain_weights) < float("inf")):
+            raise ValueError(f"domain_weights is {self.domain_weights}, expected numbers from 0 up, not all of them 0")

@@ -1,0 +1,65 @@
+"""Documents, the unit that is split: a text is in exactly one split, whole."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+
+_LONG_LINE = 30  # bytes; shorter lines recur by chance, longer ones are headers and copies
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A text.
+
+    Attributes:
+      text: its bytes, which are its tokens too.
+      domain: what kind of text it is.
+      name: unique within the domain.
+    """
+
+    text: bytes
+    domain: str
+    name: str
+
+
+def domain_names(documents: Sequence[Document]) -> tuple[str, ...]:
+    """Names the domains, in the order in which they first occur: index d of every `domain` array."""
+    return tuple(dict.fromkeys(document.domain for document in documents))
+
+
+def drop_duplicates(documents: Sequence[Document]) -> tuple[Document, ...]:
+    """Removes what is repeated between documents, so that no split knows a copy of another's text.
+
+    A document equal to an earlier one goes. So does a line of more than 30 bytes (blanks at its ends aside) that an
+    earlier document has, such as a licence header; lines repeated within their own document stay. What is left with
+    fewer than two bytes, nothing to predict, goes too.
+
+    Args:
+      documents: in the order that decides which copy is the first.
+
+    Returns:
+      The documents that are left, in the same order.
+    """
+    texts: set[bytes] = set()
+    first_owner: dict[bytes, int] = {}
+    kept = []
+    for index, document in enumerate(documents):
+        if document.text in texts:
+            continue
+        texts.add(document.text)
+        lines = []
+        for line in document.text.splitlines(keepends=True):
+            content = line.strip()
+            if len(content) <= _LONG_LINE or first_owner.setdefault(content, index) == index:
+                lines.append(line)
+        if len(text := b"".join(lines)) >= 2:
+            kept.append(dataclasses.replace(document, text=text))
+    return tuple(kept)
+
+
+def group_by_domain(documents: Sequence[Document]) -> dict[str, list[Document]]:
+    """Groups documents by domain, domains and documents in the order in which they occur."""
+    groups: dict[str, list[Document]] = defaultdict(list)
+    for document in documents:
+        groups[document.domain].append(document)
+    return dict(groups)

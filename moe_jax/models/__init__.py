@@ -1,0 +1,1 @@
+"""Models: architectures put together from `moe_jax.nn`."""

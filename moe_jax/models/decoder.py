@@ -1,0 +1,220 @@
+"""A decoder-only language model with any mix of dense and mixture-of-experts layers.
+
+Embedding, blocks (RMSNorm, grouped-query attention with rotary positions, SwiGLU or MoE), norm, linear read-out: the
+architecture of Llama (2302.13971) and, with MoE layers, Mixtral (2401.04088). Neighbouring layers of one kind are
+stacked in one set of arrays with a leading axis and scanned, so compile time does not grow with depth.
+"""
+
+import dataclasses
+import itertools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.nn.attention import Attention
+from moe_jax.nn.block import Block, RMSNorm
+from moe_jax.nn.experts import SwiGLUExperts
+from moe_jax.nn.feed_forward import FeedForward
+from moe_jax.nn.moe import MoELayer
+from moe_jax.nn.router import LinearRouter
+from moe_jax.routing import keep_trace
+from moe_jax.types import Array, RouterOutput, Topology, TraceLevel
+
+LayerKind = Literal["dense", "moe"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The architecture; every field can be set from a config file.
+
+    Attributes:
+      vocab_size: V.
+      width: D, a multiple of `num_heads`.
+      layers: the kind of each layer, first to last.
+      num_heads: H.
+      num_kv_heads: key/value heads, a divisor of H.
+      dense_hidden: hidden width of a dense layer's feed-forward.
+      num_experts: E of every MoE layer.
+      expert_hidden: F, the hidden width of one expert.
+      num_choices: K.
+      rule: a name in `routing.RULES`.
+      backend: a name in `dispatch.BACKENDS`.
+      capacity_factor: rows per expert relative to perfect balance; None drops nothing.
+      compute_dtype: dtype of activations and matmuls; parameters, router, norms' sums and read-out stay float32.
+    """
+
+    vocab_size: int = 256
+    width: int = 128
+    layers: tuple[LayerKind, ...] = ("dense", "moe", "moe", "moe")
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    dense_hidden: int = 256
+    num_experts: int = 16
+    expert_hidden: int = 48
+    num_choices: int = 2
+    rule: str = "softmax_top_k_renormalized"
+    backend: str = "blocked"
+    capacity_factor: float | None = None
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        """Refuses shapes that cannot work, naming the two numbers that disagree."""
+        if self.width % self.num_heads or (self.width // self.num_heads) % 2:
+            raise ValueError(f"width={self.width} must be num_heads={self.num_heads} times an even head width")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
+        if not 1 <= self.num_choices <= self.num_experts:
+            raise ValueError(f"num_choices={self.num_choices} must be in [1, num_experts={self.num_experts}]")
+        if not self.layers or set(self.layers) - {"dense", "moe"}:
+            raise ValueError(f"layers={self.layers} must be a non-empty tuple of 'dense' and 'moe'")
+
+    @property
+    def num_moe_layers(self) -> int:
+        """L of routing: how many layers route."""
+        return self.layers.count("moe")
+
+    def active_expert_flops(self, mean_choices: Array) -> Array:
+        """Multiply-adds times 2 that a token spends in experts, `[..., L]` mean choices to `[...]` FLOPs.
+
+        One SwiGLU expert costs 2 * 3 * D * F; routers and dense layers do not depend on the topology and are left out.
+        """
+        return 6.0 * self.width * self.expert_hidden * jnp.sum(mean_choices, axis=-1)
+
+
+def _init_block(config: DecoderConfig, kind: LayerKind, key: Array) -> Block:
+    """One block; output projections are scaled by 1/sqrt(2 * depth), so that the residual stream starts near unit size."""
+    attention_key, feed_forward_key, router_key = jax.random.split(key, 3)
+    scale = (2 * len(config.layers)) ** -0.5
+    attention = Attention(
+        config.width, config.num_heads, config.num_kv_heads, output_scale=scale, key=attention_key
+    )
+    if kind == "dense":
+        dense = FeedForward(config.width, config.dense_hidden, output_scale=scale, key=feed_forward_key)
+        return Block(attention, dense, config.width)
+    experts = SwiGLUExperts(
+        config.num_experts, config.width, config.expert_hidden, output_scale=scale, key=feed_forward_key
+    )
+    moe = MoELayer(
+        LinearRouter(config.width, config.num_experts, key=router_key),
+        experts,
+        num_choices=config.num_choices,
+        rule=config.rule,
+        backend=config.backend,
+        capacity_factor=config.capacity_factor,
+    )
+    return Block(attention, moe, config.width)
+
+
+class Decoder(nnx.Module):
+    """The language model. Called on tokens it gives logits and what every router did."""
+
+    def __init__(self, config: DecoderConfig, *, key: Array):
+        """Initialises all parameters in float32.
+
+        Args:
+          config: the architecture.
+          key: consumed; `jax.vmap` over keys makes a population.
+        """
+        self.config = config
+        embed_key, read_key, *layer_keys = jax.random.split(key, 2 + len(config.layers))
+        self.embedding = nnx.Param(jax.random.normal(embed_key, (config.vocab_size, config.width)))
+        self.stacks = nnx.List(
+            jax.vmap(lambda layer_key, kind=kind: _init_block(config, kind, layer_key))(
+                jnp.stack([layer_keys[i] for i, _ in group])
+            )
+            for kind, group in _runs(config.layers)
+        )
+        self.norm = RMSNorm(config.width)
+        self.read_out = nnx.Param(jax.random.normal(read_key, (config.width, config.vocab_size)) * config.width**-0.5)
+
+    def __call__(
+        self,
+        tokens: Array,
+        token_mask: Array | None = None,
+        topology: Topology | None = None,
+        token_groups: Array | None = None,
+        trace: TraceLevel = "stats",
+    ) -> tuple[Array, RouterOutput]:
+        """Next-token logits.
+
+        Args:
+          tokens: `[B, S]` int token ids.
+          token_mask: `[B, S]` bool, false for padding: not attended to, not routed, not counted.
+          topology: `keep [L, G, E]`, `num_choices [L, G]` over the MoE layers, or None.
+          token_groups: `[B]` or `[B, S]` int32 group of each sequence or token; needed when G > 1.
+          trace: how much of the routing to return.
+
+        Returns:
+          `[B, S, V]` float32 logits, and the router output with a leading `[L]` over the MoE layers.
+        """
+        x, routed = self.run_layers(
+            self.embed(tokens), 0, len(self.config.layers), token_mask, topology, token_groups, trace
+        )
+        return self.logits(x), routed
+
+    def embed(self, tokens: Array) -> Array:
+        """`[B, S]` ids to `[B, S, D]` in the compute dtype."""
+        return self.embedding[...].astype(self.config.compute_dtype)[tokens]
+
+    def logits(self, x: Array) -> Array:
+        """`[B, S, D]` after the last layer to `[B, S, V]` float32."""
+        return self.norm(x).astype(jnp.float32) @ self.read_out[...]
+
+    def run_layers(
+        self,
+        x: Array,
+        start: int,
+        stop: int,
+        token_mask: Array | None = None,
+        topology: Topology | None = None,
+        token_groups: Array | None = None,
+        trace: TraceLevel = "stats",
+    ) -> tuple[Array, RouterOutput]:
+        """Layers `start` to `stop` alone, so that what several candidates share is computed once.
+
+        Args:
+          x: `[B, S, D]` entering layer `start`.
+          start: first layer, static, counted over dense and MoE layers.
+          stop: one past the last.
+          token_mask: as in `__call__`.
+          topology: over all L MoE layers of the model, as in `__call__`.
+          token_groups: as in `__call__`.
+          trace: as in `__call__`.
+
+        Returns:
+          `[B, S, D]` and the router output of the MoE layers passed, with a leading axis; its fields are None if none was.
+        """
+        if token_groups is not None and token_groups.ndim == 1:
+            token_groups = jnp.broadcast_to(token_groups[:, None], x.shape[:2])
+        outputs = []
+        for stack, (kind, group) in zip(self.stacks, _runs(self.config.layers), strict=True):
+            first = group[0][0]
+            low, high = max(start - first, 0), min(stop - first, len(group))
+            if low >= high:
+                continue
+            part = jax.tree.map(lambda leaf, low=low, high=high: leaf[low:high], stack)
+            layer_topology = None
+            if kind == "moe" and topology is not None:
+                routed_before = self.config.layers[: first + low].count("moe")
+                layer_topology = jax.tree.map(
+                    lambda leaf, a=routed_before, b=routed_before + high - low: leaf[a:b], topology
+                )
+
+            def body(x: Array, layer: tuple[Block, Topology | None]) -> tuple[Array, RouterOutput | None]:
+                block, topology = layer
+                x, routed = block(x, token_mask, topology, token_groups)
+                return x, None if routed is None else keep_trace(routed, trace)
+
+            x, routed = jax.lax.scan(body, x, (part, layer_topology))
+            if routed is not None:
+                outputs.append(routed)
+        if not outputs:
+            return x, RouterOutput(None, None, None)
+        return x, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
+
+
+def _runs(layers: tuple[LayerKind, ...]) -> list[tuple[LayerKind, list[tuple[int, LayerKind]]]]:
+    """Neighbouring layers of one kind, with their positions."""
+    return [(kind, list(group)) for kind, group in itertools.groupby(enumerate(layers), key=lambda item: item[1])]

@@ -1,0 +1,1 @@
+"""Pure array operations without parameters: norms, rotary positions, attention, orderings."""

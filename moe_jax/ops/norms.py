@@ -1,0 +1,23 @@
+"""Normalisation."""
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.types import Array
+
+
+def rms_norm(x: Array, scale: Array, epsilon: float = 1e-6) -> Array:
+    """`x / rms(x) * scale` over the last axis (Zhang & Sennrich 1910.07467), computed in float32.
+
+    Args:
+      x: `[..., D]`.
+      scale: `[D]`.
+      epsilon: added to the mean square.
+
+    Returns:
+      `[..., D]` in x's dtype.
+    """
+    wide = x.astype(jnp.float32)
+    inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    shape = (1,) * (x.ndim - 1) + scale.shape
+    return (wide * inverse_rms * scale.astype(jnp.float32).reshape(shape)).astype(x.dtype)

@@ -1,0 +1,45 @@
+"""Capacity arithmetic: how many tokens an expert may take, and who is left out.
+
+GShard (2006.16668) and Switch (2101.03961, eq. 3) give every expert `C = ceil(factor * T * K / E)` rows. First
+choices are served before second choices (GShard's order), earlier tokens before later ones; whoever comes after
+row C is dropped.
+"""
+
+import math
+
+import jax.numpy as jnp
+
+from moe_jax.types import Array
+
+
+def expert_capacity(num_tokens: int, num_experts: int, num_choices: int, factor: float) -> int:
+    """Rows per expert: `ceil(factor * T * K / E)`, at least 1 and at most T.
+
+    Args:
+      num_tokens: T, masked tokens included since shapes are static.
+      num_experts: E.
+      num_choices: K.
+      factor: 1.0 fits perfectly balanced routing; typical values are 1.0 to 2.0.
+    """
+    if factor <= 0:
+        raise ValueError(f"capacity factor must be positive, got {factor}; use None for dropless routing")
+    return min(num_tokens, max(1, math.ceil(factor * num_tokens * num_choices / num_experts)))
+
+
+def drop_over_capacity(expert_ids: Array, num_experts: int, capacity: int) -> Array:
+    """Replaces by the sentinel `E` every assignment beyond its expert's capacity.
+
+    Args:
+      expert_ids: `[T, K]` int32 in `[0, E]`.
+      num_experts: E.
+      capacity: C, static.
+
+    Returns:
+      `[T, K]` int32 with at most C assignments per expert; empty slots take no capacity.
+    """
+    num_tokens, num_choices = expert_ids.shape
+    by_choice = expert_ids.T.reshape(-1)  # (T, K) -> (K*T,): first choices of all tokens come first
+    is_expert = by_choice[:, None] == jnp.arange(num_experts)[None, :]
+    rank = jnp.sum(jnp.cumsum(is_expert, axis=0, dtype=jnp.int32) * is_expert, axis=1)  # 1 for an expert's first row
+    kept = jnp.where(rank <= capacity, by_choice, num_experts)
+    return kept.reshape(num_choices, num_tokens).T

@@ -1,0 +1,133 @@
+"""The command line that every experiment has: `--config`, `--config.<key>=value`, `--workdir`, `--resume`, `--help`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from moe_jax.runs.config import flatten, from_json, load_config, override
+from moe_jax.runs.environment import enable_compilation_cache
+from moe_jax.runs.progress import RunError
+from moe_jax.runs.sections import ConfigError, nearest_known
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What a person asked an experiment to do.
+
+    Attributes:
+      config: the resolved configuration.
+      workdir: the run's own folder.
+      resume: refuse to start a new run.
+    """
+
+    config: ConfigDict
+    workdir: Path
+    resume: bool
+
+
+def run_script(main: Callable[[Command], None], default_config: str, argv: Sequence[str] | None = None) -> int:
+    """Runs an experiment from the command line; what a person can mend becomes one line instead of a traceback.
+
+    Args:
+      main: the experiment; its module's docstring is the text of `--help`.
+      default_config: path of the configuration that `--config` replaces.
+      argv: arguments without the program's name; None takes those of the process.
+
+    Returns:
+      The exit code: 0, or 2 after a `ConfigError` or `RunError`.
+    """
+    module = sys.modules[main.__module__]
+    program = f"python -m {module.__spec__.name}" if module.__spec__ else Path(sys.argv[0]).name
+    try:
+        command = parse_command(sys.argv[1:] if argv is None else argv, default_config, program, module.__doc__ or "")
+        enable_compilation_cache()
+        main(command)
+    except (ConfigError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse_command(argv: Sequence[str], default_config: str, program: str, description: str) -> Command:
+    """Reads the arguments of an experiment.
+
+    `--resume` with a `--workdir` and no `--config…` takes the configuration that the run recorded. The default workdir
+    is `runs/<experiment>/<config>-seed<seed>`, with what was overridden added to the name.
+
+    Args:
+      argv: arguments without the program's name.
+      default_config: path of the configuration that `--config` replaces.
+      program: how the experiment is called, ending in its name after the last dot or space.
+      description: text of `--help`.
+
+    Returns:
+      The command.
+
+    Raises:
+      ConfigError: for anything that cannot be understood.
+      SystemExit: with code 0, after `--help`.
+    """
+    parser = _Parser(prog=program, description=description, add_help=False, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--config", metavar="FILE", help=f"configuration file (default: {default_config})")
+    parser.add_argument("--workdir", metavar="DIR", type=Path, help="the run's folder (default: runs/EXPERIMENT/NAME)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the folder, never start a new one")
+    parser.add_argument("--help", "-h", action="store_true", help="show this text")
+    arguments, rest = parser.parse_known_args(list(argv))
+    assignments = _assignments(rest)
+    config_path = arguments.config or default_config
+    recorded = arguments.workdir / "config.json" if arguments.workdir else None
+    if arguments.resume and recorded and recorded.is_file() and not arguments.config and not assignments:
+        return Command(from_json(recorded.read_text()), arguments.workdir, resume=True)
+    config = load_config(config_path)
+    if arguments.help:
+        keys = [f"  {key} = {value!r}" for key, value in flatten(config).items()]
+        parser.epilog = "\n".join([f"--config.KEY=VALUE replaces a value; {config_path} has:", *keys])
+        parser.print_help()
+        raise SystemExit(0)
+    config = override(config, assignments)
+    experiment = re.split(r"[. ]", program.removesuffix(".py"))[-1]
+    workdir = arguments.workdir or Path("runs") / experiment / _run_name(config_path, config, assignments)
+    return Command(config, workdir, arguments.resume)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are exceptions."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ConfigError(f"{message} (see --help)")
+
+
+def _assignments(arguments: Sequence[str]) -> dict[str, str]:
+    """Reads `--config.key=value` and `--config.key value`."""
+    remaining = list(arguments)
+    assignments = {}
+    while remaining:
+        argument = remaining.pop(0)
+        option, equals, value = argument.partition("=")
+        if not option.startswith("--config."):
+            known = nearest_known(option, ["--config", "--workdir", "--resume", "--help"])
+            raise ConfigError(f"unknown argument {argument!r}{known}")
+        if not equals:
+            if not remaining or remaining[0].startswith("--"):
+                raise ConfigError(f"{option} needs a value, as in {option}=VALUE")
+            value = remaining.pop(0)
+        assignments[option.removeprefix("--config.")] = value
+    return assignments
+
+
+def _run_name(config_path: str, config: ConfigDict, assignments: dict[str, str]) -> str:
+    """Names a run by its configuration file, its seed and what was overridden, so that two runs meet only if equal."""
+    name = f"{Path(config_path).stem}-seed{config.get('seed', 0)}"
+    changes = "-".join(f"{key}={value}" for key, value in sorted(assignments.items()) if key != "seed")
+    if len(changes) > 80 or not re.fullmatch(r"[\w.=+-]*", changes):
+        changes = hashlib.sha256(changes.encode()).hexdigest()[:8]
+    return f"{name}-{changes}" if changes else name

@@ -1,0 +1,55 @@
+"""Files that are either the old one or the new one, never half of one, whenever the process is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+_PARTIAL = ".partial"
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Writes a file through a neighbour and a rename, so that a reader never sees a part of it.
+
+    Args:
+      path: the file; missing parent folders are made.
+      data: its whole content; text is written as UTF-8.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
+    with partial.open("wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    # The rename itself is durable only once the folder is.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Removes what killed processes left of their `write_atomic` below a folder, which nobody else may be writing."""
+    for path in folder.rglob(f".*{_PARTIAL}"):
+        path.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON, keys in their own order, with a final newline, atomically; tuples become lists."""
+    write_atomic(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+      ValueError: if the file is not JSON, naming it.
+    """
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from None

@@ -1,0 +1,1 @@
+"""Training: one pure step, and a loop that takes its sinks as functions."""

@@ -1,0 +1,73 @@
+"""The training loop: steps, metrics, checkpoints, and a stop with a name when numbers stop being numbers."""
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from moe_jax.training.step import TrainState, TrainStep
+
+
+class Batch(Protocol):
+    """What a batch must offer: `tokens [B, S+1]` int32 and `mask [B, S+1]` bool."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a fitness became NaN or infinite; the message names step, cause and the last good checkpoint."""
+
+
+def train(
+    state: TrainState,
+    step: TrainStep,
+    batches: Iterable[Batch],
+    *,
+    checkpoint_every: int,
+    save: Callable[[int, TrainState], None],
+    record: Callable[[int, dict[str, np.ndarray]], None],
+    last_saved: int | None = None,
+) -> TrainState:
+    """Runs one step per batch.
+
+    Args:
+      state: where to start; its buffers are donated.
+      step: from `make_train_step`, not yet jitted.
+      batches: one per step; their order is the caller's.
+      checkpoint_every: `save` is called at multiples of this step and after the last batch.
+      save: `(step, state)`; called only after every metric up to that step was found finite.
+      record: `(step, metrics)`, steps counted from 1, every step, in order.
+      last_saved: the checkpoint that `state` came from, for the error message.
+
+    Returns:
+      The final state.
+
+    Raises:
+      NonFiniteError: loss or gradient norm is NaN or infinite; nothing of that step is saved.
+    """
+    compiled = jax.jit(step, donate_argnums=0)
+    number = int(state.step)
+    for batch in batches:
+        state, metrics = compiled(state, batch.tokens, batch.mask)
+        number += 1
+        values = jax.tree.map(np.asarray, jax.device_get(metrics))
+        _require_finite(number, values, last_saved)
+        record(number, values)
+        if number % checkpoint_every == 0:
+            save(number, state)
+            last_saved = number
+    if last_saved != number:
+        save(number, state)
+    return state
+
+
+def _require_finite(step: int, metrics: dict[str, np.ndarray], last_saved: int | None) -> None:
+    for name in ("cross_entropy", "balance_loss", "z_loss", "loss", "grad_norm"):
+        if not np.isfinite(metrics[name]).all():
+            good = "there is no checkpoint yet" if last_saved is None else f"the last good checkpoint is step {last_saved}"
+            raise NonFiniteError(
+                f"{name} is {metrics[name]} at step {step}; {good}. "
+                "Lower optimizer.learning_rate or raise loss.z, then run again."
+            )

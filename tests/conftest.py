@@ -1,0 +1,31 @@
+"""Strict settings for every test: four CPU devices, no silent broadcasting, compiled programs kept between runs."""
+
+import importlib.util
+import os
+import pathlib
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+_CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "moe_jax" / "tests"
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(_CACHE)))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips `parity` tests where the reference libraries are missing; with MOE_JAX_REQUIRE_PARITY=1 they fail."""
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing and item.get_closest_marker("parity"):
+        verdict = pytest.fail if os.environ.get("MOE_JAX_REQUIRE_PARITY") == "1" else pytest.skip
+        verdict(f"parity is not tested: {' and '.join(missing)} not installed (pip install 'moe_jax[parity]')")
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Says loudly that parity was not tested, since a letter `s` among hundreds of dots is easily missed."""
+    skipped = [r for r in terminalreporter.stats.get("skipped", []) if "parity is not tested" in str(r.longrepr)]
+    if skipped:
+        terminalreporter.write_line(f"PARITY NOT TESTED: {len(skipped)} tests, {skipped[0].longrepr[2]}", red=True)

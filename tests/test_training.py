@@ -1,0 +1,179 @@
+"""The training step: exact accumulation, exact gradients, a real decrease, and a stop on non-finite numbers."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from moe_jax.models.decoder import Decoder, DecoderConfig
+from moe_jax.training.loop import NonFiniteError, train
+from moe_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
+from moe_jax.training.step import LossConfig, init_state, make_train_step, merge_model, update_balance
+from moe_jax.types import RouterStats
+
+CONFIG = DecoderConfig(
+    vocab_size=32,
+    width=16,
+    layers=("dense", "moe", "moe"),
+    num_heads=2,
+    num_kv_heads=1,
+    dense_hidden=16,
+    num_experts=4,
+    expert_hidden=8,
+    backend="gather",
+)
+
+
+def setup(loss=LossConfig(), optimizer=OptimizerConfig(warmup_steps=1), config=CONFIG):  # noqa: B008
+    rule = make_optimizer(optimizer, 50)
+    graphdef, state = init_state(Decoder(config, key=jax.random.key(0)), rule)
+    return graphdef, state, make_train_step(graphdef, rule, loss)
+
+
+def batch(seed=0, size=8, length=13):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 32, (size, length)).astype(np.int32)
+    mask = np.arange(length)[None, :] < rng.integers(3, length + 1, (size, 1))
+    return tokens, mask
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4, 8])
+def test_accumulation_equals_one_large_batch_losses_included(micro_batches):
+    """Padding is uneven over micro-batches, and the balance loss is weighed heavily, so that a wrong mean would show."""
+    states = []
+    for parts in (1, micro_batches):
+        _, state, step = setup(LossConfig(balance=1.0, z=0.1, bias_rate=0.01, micro_batches=parts))
+        for seed in range(2):
+            state, metrics = jax.jit(step)(state, *batch(seed))
+        states.append((state.params, state.balance, metrics))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6), *states)
+
+
+def test_step_is_the_gradient_of_the_stated_loss():
+    """One step of plain gradient descent equals the loss written out from the model's output."""
+    config, tokens_mask = LossConfig(balance=0.5, z=0.1), batch(3)
+    rule = optax.sgd(1.0)
+    graphdef, state = init_state(Decoder(CONFIG, key=jax.random.key(0)), rule)
+    after, _ = jax.jit(make_train_step(graphdef, rule, config))(state, *tokens_mask)
+
+    def stated(params):
+        tokens, mask = (jnp.asarray(x) for x in tokens_mask)
+        logits, routed = nnx.merge(graphdef, params, state.balance)(tokens[:, :-1], mask[:, :-1], trace="full")
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], -1)[..., 0]
+        is_target = mask[:, 1:]
+        loss = -jnp.where(is_target, picked, 0).sum() / is_target.sum()
+        for layer in range(2):
+            p = jax.nn.softmax(routed.logits[layer])[mask[:, :-1].reshape(-1)]
+            ids = routed.plan.expert_ids[layer][mask[:, :-1].reshape(-1)]
+            f = jnp.stack([(ids == e).mean() for e in range(4)])
+            z = jax.nn.logsumexp(routed.logits[layer][mask[:, :-1].reshape(-1)], -1)
+            loss += 0.5 * 4 * jnp.sum(f * p.mean(0)) / 2 + 0.1 * jnp.square(z).mean() / 2
+        return loss
+
+    expected = jax.tree.map(lambda p, g: p - g, state.params, jax.grad(stated)(state.params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), after.params, expected)
+
+
+def test_padding_changes_nothing():
+    _, state, step = setup(LossConfig(balance=1.0))
+    tokens, mask = batch(4)
+    garbage = np.where(mask, tokens, 31)
+    first, second = jax.jit(step)(state, tokens, mask), jax.jit(step)(state, garbage, mask)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), first, second)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_memorises_a_batch(optimizer):
+    settings = OptimizerConfig(name=optimizer, learning_rate=1e-2, warmup_steps=5)
+    _, state, step = setup(optimizer=settings)
+    step = jax.jit(step)
+    losses = []
+    for _ in range(50):
+        state, metrics = step(state, *batch(5))
+        losses.append(float(metrics["cross_entropy"]))
+    assert losses[-1] < 0.5 * losses[0]
+    assert int(state.step) == 50
+
+
+def test_bias_rule_updates_once_per_step_and_stays_out_of_the_optimizer():
+    graphdef, state, step = setup(LossConfig(bias_rate=0.01))
+    after, _ = jax.jit(step)(state, *batch(6))
+    biases = np.concatenate([np.asarray(leaf) for leaf in jax.tree.leaves(after.balance)])
+    assert biases.shape == (2, 4) and np.abs(biases).max() > 0
+    np.testing.assert_allclose(biases.mean(-1), 0, atol=1e-7)
+    assert "bias" not in str(jax.tree.structure(after.params))
+    np.testing.assert_array_equal(merge_model(graphdef, after).stacks[1].feed_forward.router.bias[...], biases)
+
+
+def test_balance_update_takes_layers_in_order():
+    """Two routed layers on either side of a dense one: the first overloads expert 0, the second expert 1."""
+    _, state, _ = setup(config=dataclasses.replace(CONFIG, layers=("moe", "dense", "moe")))
+    chosen, zeros = jnp.array([[4.0, 0, 2, 2], [0.0, 4, 2, 2]]), jnp.zeros(2)
+    stats = RouterStats(chosen, chosen, chosen, *([zeros] * 6))
+    first, second = jax.tree.leaves(update_balance(state.balance, stats, 0.1))
+    np.testing.assert_allclose(first, [[-0.1, 0.1, 0, 0]], atol=1e-7)
+    np.testing.assert_allclose(second, [[0.1, -0.1, 0, 0]], atol=1e-7)
+
+
+def test_schedule_by_hand():
+    # 10 warm-up steps to the peak of 1, then a cosine over 90 steps down to 0.1; half way it is at (1 + 0.1) / 2.
+    schedule = learning_rate_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_fraction=0.1), 100)
+    values = [float(schedule(step)) for step in (0, 5, 10, 55, 100)]
+    np.testing.assert_allclose(values, [0, 0.5, 1.0, 0.55, 0.1], atol=1e-6)
+
+
+def test_norm_scales_do_not_decay():
+    rule = make_optimizer(OptimizerConfig(weight_decay=1.0, warmup_steps=0, learning_rate=0.1), 10)
+    params = nnx.state(Decoder(CONFIG, key=jax.random.key(0)), nnx.Param)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = rule.update(zeros, rule.init(params), params)
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        is_scale = "scale" in jax.tree_util.keystr(path)
+        assert (np.abs(update).max() == 0) == is_scale, path
+
+
+def batches(count, poison=None):
+    for number in range(count):
+        tokens, mask = batch(number)
+        yield types.SimpleNamespace(tokens=tokens if number != poison else np.full_like(tokens, 31), mask=mask)
+
+
+def test_loop_records_every_step_and_saves_on_time():
+    _, state, step = setup()
+    saved, recorded = [], []
+    train(
+        state,
+        step,
+        batches(7),
+        checkpoint_every=3,
+        save=lambda number, _: saved.append(number),
+        record=lambda number, metrics: recorded.append((number, float(metrics["loss"]))),
+    )
+    assert saved == [3, 6, 7] and [number for number, _ in recorded] == list(range(1, 8))
+
+
+def test_non_finite_loss_stops_with_step_cause_and_checkpoint():
+    """An embedding row that is infinite is reached only by batch 5, which consists of that token."""
+    _, state, step = setup()
+    params = jax.tree.map(lambda leaf: leaf, state.params)
+    params["embedding"] = params["embedding"].replace(params["embedding"][...].at[31].set(jnp.inf))
+    clean = [
+        types.SimpleNamespace(tokens=np.minimum(b.tokens, 30) if n != 4 else b.tokens, mask=b.mask)
+        for n, b in enumerate(batches(7, poison=4))
+    ]
+    saved = []
+    with pytest.raises(NonFiniteError, match="cross_entropy is nan at step 5; the last good checkpoint is step 4"):
+        train(
+            dataclasses.replace(state, params=params),
+            step,
+            clean,
+            checkpoint_every=2,
+            save=lambda number, _: saved.append(number),
+            record=lambda *_: None,
+        )
+    assert saved == [2, 4]
