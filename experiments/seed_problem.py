@@ -30,14 +30,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from experiments import seed_problem_numpy as original
-
-environment = dict  # TEMP
 from moe_jax.evolution import DiscreteGA, RandomSearch, mask_genome, run_search
+from moe_jax.runs.environment import describe_environment
 
 _ROOT = pathlib.Path(__file__).parents[1]
-_CONFIG = config_flags.DEFINE_config_file("config", str(_ROOT / "configs" / "seed_problem.py"))
-_QUICK = flags.DEFINE_bool("quick", False, "A tenth of the generations, one seed and fewer repeats.")
-_OUT = flags.DEFINE_string("out", None, "JSON file to write.")
 
 
 def evaluate(genomes: jax.Array, form: original.GramForm) -> jax.Array:
@@ -179,8 +175,8 @@ def print_tables(console: Console, rows: list[dict[str, Any]], timing: list[dict
 
 
 def main(_: list[str]) -> None:
-    config = _CONFIG.value
-    if _QUICK.value:
+    config = flags.FLAGS.config
+    if flags.FLAGS.quick:
         with config.unlocked():
             config.seeds, config.timing.repeats, config.timing.numpy_generations = 1, 2, 5
             config.evolution.generations = config.evolution.chunk = config.evolution.generations // 10
@@ -197,11 +193,14 @@ def main(_: list[str]) -> None:
         f"Compilation took {compile_s:.1f} CPU-seconds, in which the NumPy loop evaluates {meanwhile[0]} masks and "
         f"vectorised NumPy {meanwhile[1]}."
     )
-    if _OUT.value:
+    if flags.FLAGS.out:
         kinds = [row | {"kind": "topology"} for row in rows] + [row | {"kind": "timing"} for row in timing]
-        result = {"environment": environment(), "config": config.to_dict(), "rows": kinds}
-        pathlib.Path(_OUT.value).write_text(json.dumps(result, indent=1, default=float) + "\n")
+        result = {"environment": describe_environment(), "config": config.to_dict(), "rows": kinds}
+        pathlib.Path(flags.FLAGS.out).write_text(json.dumps(result, indent=1, default=float) + "\n")
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", str(_ROOT / "configs" / "seed_problem.py"))
+    flags.DEFINE_bool("quick", False, "A tenth of the generations, one seed and fewer repeats.")
+    flags.DEFINE_string("out", None, "JSON file to write.")
     app.run(main)

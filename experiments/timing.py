@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 Call = Callable[[], Any]
 
@@ -76,26 +77,27 @@ def compile_cold_and_warm(function: Callable, *arguments: Any) -> tuple[Call, di
       A call that runs the program to its end, and `compile_cold_s`, `compile_warm_s` (tracing included), `first_run_ms`
       and `temp_mib` (peak memory for intermediate results, from the compiler).
     """
-    settings = {
-        "jax_compilation_cache_dir": None,
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
     with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            "jax_compilation_cache_dir": folder,
+            "jax_persistent_cache_min_compile_time_secs": 0.0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
+        }
+        before = {name: getattr(jax.config, name) for name in settings}
         try:
-            for name, value in {**settings, "jax_compilation_cache_dir": folder}.items():
+            for name, value in settings.items():
                 jax.config.update(name, value)
             seconds = []
             for _ in range(2):
                 jax.clear_caches()
-                jax.experimental.compilation_cache.compilation_cache.reset_cache()
+                compilation_cache.reset_cache()
                 start = time.perf_counter()
                 compiled = jax.jit(function).lower(*arguments).compile()
                 seconds.append(time.perf_counter() - start)
         finally:
             for name, value in before.items():
                 jax.config.update(name, value)
+            compilation_cache.reset_cache()
     start = time.perf_counter()
     jax.block_until_ready(compiled(*arguments))
     figures = {

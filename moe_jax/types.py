@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 
@@ -24,6 +24,7 @@ TraceLevel = Literal["off", "stats", "topk", "full"]  # how much of the routing 
 _T = TypeVar("_T")
 
 
+@dataclass_transform(frozen_default=True)
 def _pytree(cls: type[_T]) -> type[_T]:
     """Makes a class a frozen dataclass and a JAX pytree; `static()` fields are part of its structure."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))

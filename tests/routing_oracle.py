@@ -35,7 +35,7 @@ def route_loop(logits, rule, num_choices, *, is_open=None, limit=None, token_mas
             sums["entropy_sum"] -= p[e] * math.log(p[e])
         sums["z_sum"] += math.log(normalizer) ** 2
     chosen_counts = np.array([(ids == e).sum() for e in range(num_experts)], float)
-    room = {e: num_tokens if capacity is None else capacity for e in range(num_experts)}
+    room = dict.fromkeys(range(num_experts), num_tokens if capacity is None else capacity)
     for slot in range(num_choices):
         for t in range(num_tokens):
             e = ids[t, slot]

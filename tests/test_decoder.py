@@ -27,6 +27,7 @@ CONFIG = DecoderConfig(
     expert_hidden=6,
     num_choices=2,
     backend="gather",
+    context=1,
 )
 
 
@@ -70,7 +71,9 @@ def numpy_attention(x, qkv, out):
 def numpy_decoder(model, tokens):
     """One sequence, token by token and expert by expert, in float64."""
     leaf = lambda array: np.asarray(array, np.float64)  # noqa: E731
-    x = leaf(model.embedding[...])[tokens]
+    tables = leaf(model.embedding[...])
+    x = tables[0][tokens]
+    x[1:] += tables[1][tokens[:-1]]
     blocks = [jax.tree.map(lambda a, i=i: a[i], stack) for stack in model.stacks for i in range(depth_of(stack))]
     for block, kind in zip(blocks, CONFIG.layers, strict=True):
         normed = numpy_rms(x, leaf(block.attention_norm.scale[...]))
@@ -112,7 +115,9 @@ def test_equals_the_numpy_decoder():
 
 def test_rms_norm_and_rotation_by_hand():
     # rms of (3, 4) is sqrt(12.5).
-    np.testing.assert_allclose(rms_norm(jnp.array([[3.0, 4.0]]), jnp.array([1.0, 2.0])), [[0.848528, 2.262742]], rtol=1e-5)
+    np.testing.assert_allclose(
+        rms_norm(jnp.array([[3.0, 4.0]]), jnp.array([1.0, 2.0])), [[0.848528, 2.262742]], rtol=1e-5
+    )
     # One pair (1, 0) at position 2 turns by 2 radians.
     turned = rotate(jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2), jnp.array([2]))
     np.testing.assert_allclose(turned.ravel(), [np.cos(2), np.sin(2)], rtol=1e-5)
@@ -215,7 +220,9 @@ def test_capacity_drops_are_counted():
     config = dataclasses.replace(CONFIG, capacity_factor=0.5)
     _, routed = apply(make(config), tokens_of(4, 8))
     np.testing.assert_array_equal(routed.stats.kept.max(-1) <= 7, True)  # ceil(.5 * 32 * 2 / 5) = 7
-    np.testing.assert_array_equal(routed.stats.dropped_capacity, routed.stats.chosen.sum(-1) - routed.stats.kept.sum(-1))
+    np.testing.assert_array_equal(
+        routed.stats.dropped_capacity, routed.stats.chosen.sum(-1) - routed.stats.kept.sum(-1)
+    )
     assert routed.stats.dropped_capacity.min() > 0
 
 

@@ -16,13 +16,6 @@ from moe_jax.evolution.genomes import (
     mask_genome,
     top_k_genome,
 )
-    LayerTopology,
-    budget_genome,
-    combine,
-    decode_population,
-    mask_genome,
-    top_k_genome,
-)
 
 KEY = jax.random.key(0)
 ORDER = np.array([[2, 0, 3, 1], [0, 1, 2, 3], [3, 2, 1, 0]])
@@ -55,8 +48,8 @@ def assert_uniform(counts: np.ndarray) -> None:
 
 
 def test_tournament_matches_its_win_probabilities():
-    # Three individuals, tournaments of two with replacement: the best wins unless both entrants are others, 1 - 4/9 = 5/9;
-    # the middle one wins 3/9, the worst needs both places, 1/9. Index 1 is invalid and the worst.
+    # Three individuals, tournaments of two with replacement: the best wins unless both entrants are others, 5/9; the
+    # middle one wins 3/9, the worst needs both places, 1/9. Index 1 is invalid and the worst.
     winners = operators.select_tournament(KEY, jnp.array([2.0, jnp.inf, 1.0]), 9000, 2)
     np.testing.assert_allclose(np.bincount(winners, minlength=3) / 9000, [3 / 9, 1 / 9, 5 / 9], atol=0.025)
 
@@ -110,7 +103,8 @@ def test_moves_keep_the_sum_and_the_bounds():
 
 
 def test_mask_repair_opens_and_closes_as_few_as_needed():
-    masks = jax.random.bernoulli(KEY, jax.random.uniform(jax.random.key(1), (200, 1, 1)), (200, 3, 4)).astype(jnp.int32)
+    density = jax.random.uniform(jax.random.key(1), (200, 1, 1))
+    masks = jax.random.bernoulli(KEY, density, (200, 3, 4)).astype(jnp.int32)
     repaired = np.asarray(operators.repair_mask(jax.random.key(2), masks, (6, 7), 1))
     masks = np.asarray(masks)
     assert np.all(repaired.sum(axis=2) >= 1) and set(repaired.sum(axis=(1, 2))) == {6, 7}
@@ -156,19 +150,15 @@ def test_repeats_against_a_loop():
     np.testing.assert_array_equal(operators.is_repeat(jnp.asarray(genomes), jnp.asarray(is_original)), expected)
 
 
-@pytest.mark.parametrize("name", GENOMES)
+@pytest.mark.parametrize("name", ["mask_range", "budget_range", "mask_top_k", "budget_top_k"])  # these hold all parts
 def test_genomes_stay_valid_through_variation(name):
     genome, (low, high, least) = GENOMES[name], LIMITS[name]
-
-    @jax.jit
-    def vary(key):
-        keys = jax.random.split(key, 5)
-        start = jax.vmap(genome.random)(jax.random.split(keys[0], 64))
-        crossed = operators.crossover(keys[1], start, start[::-1], 1.0, jnp.ones(3))
-        varied = genome.repair(keys[3], genome.mutate(keys[2], crossed, jnp.float32(3.0)))
-        return start, varied, genome.repair(keys[4], varied), genome.mutate(keys[2], start, jnp.float32(0.0))
-
-    start, varied, repaired_again, unedited = vary(KEY)
+    random, mutate, repair = jax.jit(jax.vmap(genome.random)), jax.jit(genome.mutate), jax.jit(genome.repair)
+    keys = jax.random.split(KEY, 5)
+    start = random(jax.random.split(keys[0], 64))
+    crossed = jnp.where(jnp.arange(genome.size)[None, :] < 2, start, start[::-1])
+    varied = repair(keys[2], mutate(keys[1], crossed, jnp.float32(3.0)))
+    repaired_again, unedited = repair(keys[3], varied), mutate(keys[4], start, jnp.float32(0.0))
     np.testing.assert_array_equal(varied, repaired_again)
     np.testing.assert_array_equal(start, unedited)
     assert start.dtype == varied.dtype == jnp.int32 and start.shape == (64, genome.size)
@@ -179,9 +169,9 @@ def test_genomes_stay_valid_through_variation(name):
         assert np.all(counts >= least) and np.all((low <= counts.sum(axis=0)) & (counts.sum(axis=0) <= high))
         assert np.all(topology.num_choices >= 1) and np.all(topology.num_choices <= counts)
         assert np.all(np.asarray(genes) >= 0) and np.all(np.asarray(genes) < np.array(genome.num_values))
-    assert len(np.unique(start, axis=0)) > (4 if name == "top_k" else 5)
-    if low < high:
-        assert set(np.sum(decode_population(genome, start).keep, axis=(0, 2))) == set(range(low, high + 1))
+    assert len(np.unique(start, axis=0)) > 5 and np.any(varied != crossed)
+    totals = np.sum(decode_population(genome, start).keep, axis=(0, 2))
+    assert set(totals.tolist()) == set(range(low, high + 1))
 
 
 @pytest.mark.parametrize("name", GENOMES)

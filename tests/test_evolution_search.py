@@ -73,7 +73,7 @@ def test_the_enumeration_is_complete():
 
 
 def test_discrete_ga_finds_the_optimum_for_every_seed():
-    optimum = np.min(interaction_loss(ALL_MASKS, WEIGHTS))
+    optimum = float(np.min(interaction_loss(ALL_MASKS, WEIGHTS)))
     for seed in range(5):
         result = search("discrete_ga", seed=seed)
         assert result.best_fitness == pytest.approx(optimum, abs=1e-4)
@@ -85,7 +85,8 @@ def test_discrete_ga_finds_the_optimum_for_every_seed():
 def test_nsga2_finds_the_whole_front():
     objectives = np.asarray(three_losses(ALL_MASKS, WEIGHTS))
     exact = np.unique(objectives[is_non_dominated(objectives)], axis=0)
-    result = search("nsga2_front", generations=400)
+    result = search("nsga2_front", generations=120)
+    assert result.evaluations < len(ALL_MASKS)
     found = np.unique(result.fitness, axis=0)
     assert 5 < len(exact) < POPULATION  # a front that fits into the population
     np.testing.assert_allclose(found, exact, atol=1e-4)
@@ -143,7 +144,7 @@ def test_seeds_vectorise_and_rates_do_not_recompile():
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", ["discrete_ga", "local_search", "nsga2_front"])  # the others share their tell
 def test_invalid_fitness_never_enters(name):
     result = search(name, evaluate=partly_invalid_losses if name.endswith("front") else partly_invalid_loss)
     assert np.all(np.isfinite(result.fitness)) and len(result.fitness) > 0
@@ -233,7 +234,7 @@ def test_greedy_removal_avoids_invalid_masks_and_can_be_stopped():
     assert steps == [(16, 15), (31, 14)] and stopped.best_genome.sum() == 14
 
 
-def test_more_generations_reuse_the_program():
+def test_chunks_and_seeds_reuse_one_program():
     strategy = DiscreteGA(16, GENOME)
     traces = []
 
@@ -243,4 +244,4 @@ def test_more_generations_reuse_the_program():
 
     for seed in range(3):
         run_search(strategy, strategy.default_params, counted, WEIGHTS, jax.random.key(seed), 10, 5)
-    assert len(traces) == 4  # one compiled program; the shape of the fitness is asked for once a search
+    assert len(traces) == 2  # once for the shape of its result, once for the program

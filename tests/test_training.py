@@ -161,7 +161,7 @@ def test_non_finite_loss_stops_with_step_cause_and_checkpoint():
     """An embedding row that is infinite is reached only by batch 5, which consists of that token."""
     _, state, step = setup()
     params = jax.tree.map(lambda leaf: leaf, state.params)
-    params["embedding"] = params["embedding"].replace(params["embedding"][...].at[31].set(jnp.inf))
+    params["embedding"] = params["embedding"].replace(params["embedding"][...].at[:, 31].set(jnp.inf))
     clean = [
         types.SimpleNamespace(tokens=np.minimum(b.tokens, 30) if n != 4 else b.tokens, mask=b.mask)
         for n, b in enumerate(batches(7, poison=4))

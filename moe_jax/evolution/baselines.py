@@ -92,7 +92,7 @@ def greedy_removal(
       start: where to begin, usually all experts; `num_choices` stays as it is.
       total: experts to keep.
       min_per_layer: least experts kept in a layer.
-      batch_size: P of the evaluations; the population size shares the compiled program with other searches' shape.
+      batch_size: P of the evaluations, a program of its own; limited by memory as a population is.
       max_evaluations: budget, at least 1.
       on_step: called with (evaluations so far, experts left) after each step; a true return ends the search there.
 
@@ -102,7 +102,8 @@ def greedy_removal(
     """
     keep, num_choices = np.array(start.keep, bool), start.num_choices
     evaluate_batch = jax.jit(evaluate)
-    evaluations, ranking, rows, is_exact = 0, [], [], True
+    evaluations, rows, is_exact = 0, [], True
+    ranking = np.empty((0, 2), np.int64)  # (layer, expert), the least harmful first
 
     def fitness_of(masks: list[np.ndarray]) -> np.ndarray:
         genomes = np.stack([np.asarray(genome.encode(LayerTopology(jnp.asarray(mask), num_choices))) for mask in masks])

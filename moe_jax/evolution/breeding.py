@@ -70,4 +70,4 @@ def breed(key: Array, genome: Genome, population: Array, fitness: Array, params:
         return attempt + 1, children, is_repeat(known, jnp.ones(2 * size, bool))[size:]
 
     # The first round mutates every child, the later ones those that repeat something.
-    return jax.lax.while_loop(is_needed, edit, (0, children, jnp.ones(size, bool)))[1]
+    return jax.lax.while_loop(is_needed, edit, (jnp.int32(0), children, jnp.ones(size, bool)))[1]

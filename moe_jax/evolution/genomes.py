@@ -125,12 +125,12 @@ def budget_genome(order: Array, total: int | tuple[int, int], min_per_layer: int
     Raises:
       ValueError: the constraints contradict each other, or a row of `order` is no permutation.
     """
-    order = np.asarray(order)
-    num_layers, num_experts = order.shape
+    ranking = np.asarray(order)
+    num_layers, num_experts = ranking.shape
     low, high = _check_total(num_layers, num_experts, total, min_per_layer, num_choices)
-    if not np.array_equal(np.sort(order, axis=1), np.broadcast_to(np.arange(num_experts), order.shape)):
-        raise ValueError(f"each row of `order` must be a permutation of 0..{num_experts - 1}, got {order.tolist()}")
-    place = np.argsort(order, axis=1)  # [L, E] position of each expert in its layer's order
+    if not np.array_equal(np.sort(ranking, axis=1), np.broadcast_to(np.arange(num_experts), ranking.shape)):
+        raise ValueError(f"each row of `order` must be a permutation of 0..{num_experts - 1}, got {ranking.tolist()}")
+    place = np.argsort(ranking, axis=1)  # [L, E] position of each expert in its layer's order
     max_units = max(1, num_experts // 4)
 
     def repair(key: Array, genomes: Array) -> Array:

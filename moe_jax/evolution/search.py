@@ -50,6 +50,7 @@ class SearchStatus(NamedTuple):
       genomes: `[R, N]` the best genome (R = 1), or the front.
       fitness: `[R]` or `[R, M]` their fitness.
       elapsed_s: wall seconds of this call.
+      history: the chunk's rows of `SearchResult.history`.
       state: the state to save.
     """
 
@@ -60,6 +61,7 @@ class SearchStatus(NamedTuple):
     genomes: np.ndarray
     fitness: np.ndarray
     elapsed_s: float
+    history: dict[str, np.ndarray]
     state: SearchState
 
 
@@ -194,29 +196,35 @@ def run_search(
     start = time.perf_counter()
     if state is None:
         state = start_search(strategy, params, evaluate, data, key, initial)
-    columns: list[Mapping[str, np.ndarray]] = []
-    generation = first = int(state.generation)
-    num_invalid = 0
+    size = strategy.population_size
+    chunks: list[dict[str, np.ndarray]] = []
+    generation, num_invalid = int(state.generation), 0
     while generation < generations:
         length = min(chunk - generation % chunk, generations - generation)
         state, metrics = _advance(strategy, evaluate, length, state, params, data)
-        columns.append({name: np.asarray(values) for name, values in metrics.items()})
+        done = np.arange(generation + 1, generation + length + 1)
+        rows = {name: np.asarray(values) for name, values in metrics.items()}
+        chunks.append({"generation": done, "evaluations": done * size} | rows)
         generation += length
-        num_invalid += int(np.sum(columns[-1]["num_invalid"]))
+        num_invalid += int(np.sum(rows["num_invalid"]))
         if on_chunk is not None:
             genomes, fitness = best_of(state.strategy)
-            evaluations = generation * strategy.population_size
-            elapsed_s = time.perf_counter() - start
-            if on_chunk(
-                SearchStatus(generation, generations, evaluations, num_invalid, genomes, fitness, elapsed_s, state)
-            ):
+            status = SearchStatus(
+                generation,
+                generations,
+                generation * size,
+                num_invalid,
+                genomes,
+                fitness,
+                time.perf_counter() - start,
+                chunks[-1],
+                state,
+            )
+            if on_chunk(status):
                 break
     genomes, fitness = best_of(state.strategy)
-    done = np.arange(first + 1, generation + 1)
-    history = {"generation": done, "evaluations": done * strategy.population_size}
-    if columns:
-        history |= {name: np.concatenate([column[name] for column in columns]) for name in columns[0]}
-    return SearchResult(genomes, fitness, generation * strategy.population_size, history, state)
+    history = {name: np.concatenate([rows[name] for rows in chunks]) for name in chunks[0]} if chunks else {}
+    return SearchResult(genomes, fitness, generation * size, history, state)
 
 
 def best_of(strategy_state: Any) -> tuple[np.ndarray, np.ndarray]:

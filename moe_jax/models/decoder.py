@@ -41,6 +41,9 @@ class DecoderConfig:
       num_choices: K.
       rule: a name in `routing.RULES`.
       backend: a name in `dispatch.BACKENDS`.
+      context: preceding tokens whose embeddings, one table per distance, are added to a token's own; 0 is the usual
+        decoder. Bytes say little alone, and a short context at the input spares attention learning to look back (the
+        hash n-gram embeddings of 2412.09871, section 3.2.1, without the hash).
       capacity_factor: rows per expert relative to perfect balance; None drops nothing.
       compute_dtype: dtype of activations and matmuls; parameters, router, norms' sums and read-out stay float32.
     """
@@ -56,6 +59,7 @@ class DecoderConfig:
     num_choices: int = 2
     rule: str = "softmax_top_k_renormalized"
     backend: str = "blocked"
+    context: int = 0
     capacity_factor: float | None = None
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -87,9 +91,7 @@ def _init_block(config: DecoderConfig, kind: LayerKind, key: Array) -> Block:
     """One block; output projections are scaled by 1/sqrt(2 * depth), so that the residual stream starts near unit size."""
     attention_key, feed_forward_key, router_key = jax.random.split(key, 3)
     scale = (2 * len(config.layers)) ** -0.5
-    attention = Attention(
-        config.width, config.num_heads, config.num_kv_heads, output_scale=scale, key=attention_key
-    )
+    attention = Attention(config.width, config.num_heads, config.num_kv_heads, output_scale=scale, key=attention_key)
     if kind == "dense":
         dense = FeedForward(config.width, config.dense_hidden, output_scale=scale, key=feed_forward_key)
         return Block(attention, dense, config.width)
@@ -119,7 +121,7 @@ class Decoder(nnx.Module):
         """
         self.config = config
         embed_key, read_key, *layer_keys = jax.random.split(key, 2 + len(config.layers))
-        self.embedding = nnx.Param(jax.random.normal(embed_key, (config.vocab_size, config.width)))
+        self.embedding = nnx.Param(jax.random.normal(embed_key, (1 + config.context, config.vocab_size, config.width)))
         self.stacks = nnx.List(
             jax.vmap(lambda layer_key, kind=kind: _init_block(config, kind, layer_key))(
                 jnp.stack([layer_keys[i] for i, _ in group])
@@ -150,13 +152,27 @@ class Decoder(nnx.Module):
           `[B, S, V]` float32 logits, and the router output with a leading `[L]` over the MoE layers.
         """
         x, routed = self.run_layers(
-            self.embed(tokens), 0, len(self.config.layers), token_mask, topology, token_groups, trace
+            self.embed(tokens, token_mask), 0, len(self.config.layers), token_mask, topology, token_groups, trace
         )
         return self.logits(x), routed
 
-    def embed(self, tokens: Array) -> Array:
-        """`[B, S]` ids to `[B, S, D]` in the compute dtype."""
-        return self.embedding[...].astype(self.config.compute_dtype)[tokens]
+    def embed(self, tokens: Array, token_mask: Array | None = None) -> Array:
+        """`[B, S]` ids to `[B, S, D]` in the compute dtype; masked tokens and the start of a sequence add no context."""
+        tables = self.embedding[...].astype(self.config.compute_dtype)
+        is_token = jnp.ones(tokens.shape, bool) if token_mask is None else token_mask
+        x = tables[0][tokens]
+        for distance in range(1, len(tables)):
+            shift = ((0, 0), (distance, 0))
+            earlier = tables[distance][jnp.pad(tokens, shift)[:, :-distance]]
+            x += earlier * jnp.pad(is_token, shift)[:, :-distance, None]
+        return x
+
+    def layer(self, index: int) -> Block:
+        """The block of layer `index`, cut out of its stack."""
+        for stack, (_, group) in zip(self.stacks, _runs(self.config.layers), strict=True):
+            if index <= group[-1][0]:
+                return jax.tree.map(lambda leaf: leaf[index - group[0][0]], stack)
+        raise IndexError(f"layer {index} of {len(self.config.layers)}")
 
     def logits(self, x: Array) -> Array:
         """`[B, S, D]` after the last layer to `[B, S, V]` float32."""

@@ -38,9 +38,13 @@ class Block(nnx.Module):
         token_groups: Array | None = None,
     ) -> tuple[Array, RouterOutput | None]:
         """Arguments as `MoELayer`; the second result is None for a dense block."""
-        x = x + self.attention(self.attention_norm(x), token_mask)
-        normed = self.feed_forward_norm(x)
+        x, normed = self.attend(x, token_mask)
         if isinstance(self.feed_forward, MoELayer):
             mixed, routed = self.feed_forward(normed, token_mask, topology, token_groups)
             return x + mixed, routed
         return x + self.feed_forward(normed), None
+
+    def attend(self, x: Array, token_mask: Array | None = None) -> tuple[Array, Array]:
+        """The first half: the residual stream after attention, and its norm that enters the feed-forward."""
+        x = x + self.attention(self.attention_norm(x), token_mask)
+        return x, self.feed_forward_norm(x)

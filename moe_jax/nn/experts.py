@@ -37,9 +37,7 @@ class SwiGLUExperts(nnx.Module):
         """
         in_key, out_key = jax.random.split(key)
         self.w_in = nnx.Param(jax.random.normal(in_key, (num_experts, width, 2 * hidden)) * width**-0.5)
-        self.w_out = nnx.Param(
-            jax.random.normal(out_key, (num_experts, hidden, width)) * output_scale * hidden**-0.5
-        )
+        self.w_out = nnx.Param(jax.random.normal(out_key, (num_experts, hidden, width)) * output_scale * hidden**-0.5)
 
     def parameters(self, dtype: jnp.dtype) -> dict[str, Array]:
         """The stacked parameters cast for computing; what a dispatch backend takes."""

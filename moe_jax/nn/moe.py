@@ -71,6 +71,7 @@ class MoELayer(nnx.Module):
             token_mask=None if token_mask is None else token_mask.reshape(-1),
             capacity=capacity,
         )
+        assert output.plan is not None  # route always makes one; only keep_trace drops it
         dispatch = get_backend(self.backend)
         mixed = dispatch(tokens, output.plan, self.experts.expert, self.experts.parameters(x.dtype))
         return mixed.reshape(x.shape), output

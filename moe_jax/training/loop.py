@@ -1,5 +1,6 @@
 """The training loop: steps, metrics, checkpoints, and a stop with a name when numbers stop being numbers."""
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -7,13 +8,40 @@ import jax
 import numpy as np
 
 from moe_jax.training.step import TrainState, TrainStep
+from moe_jax.types import Topology
 
 
 class Batch(Protocol):
-    """What a batch must offer: `tokens [B, S+1]` int32 and `mask [B, S+1]` bool."""
+    """What a batch must offer."""
 
-    tokens: np.ndarray
-    mask: np.ndarray
+    @property
+    def tokens(self) -> np.ndarray:
+        """`[B, S+1]` int32 token ids."""
+
+    @property
+    def mask(self) -> np.ndarray:
+        """`[B, S+1]` bool, false for padding."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """How long to train.
+
+    Attributes:
+      steps: optimizer steps.
+      checkpoint_every: steps between checkpoints, which are also the ends of the metrics' segments.
+      heal_steps: further steps for a pruned topology, and for the untouched model beside it.
+    """
+
+    steps: int = 600
+    checkpoint_every: int = 100
+    heal_steps: int = 40
+
+    def __post_init__(self) -> None:
+        """Refuses lengths that are not positive."""
+        for name in ("steps", "checkpoint_every", "heal_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name} must be at least 1, got {getattr(self, name)}")
 
 
 class NonFiniteError(RuntimeError):
@@ -28,6 +56,7 @@ def train(
     checkpoint_every: int,
     save: Callable[[int, TrainState], None],
     record: Callable[[int, dict[str, np.ndarray]], None],
+    topology: Topology | None = None,
     last_saved: int | None = None,
 ) -> TrainState:
     """Runs one step per batch.
@@ -39,6 +68,7 @@ def train(
       checkpoint_every: `save` is called at multiples of this step and after the last batch.
       save: `(step, state)`; called only after every metric up to that step was found finite.
       record: `(step, metrics)`, steps counted from 1, every step, in order.
+      topology: trained under, `keep [L, 1, E]`; None for everything open.
       last_saved: the checkpoint that `state` came from, for the error message.
 
     Returns:
@@ -50,7 +80,7 @@ def train(
     compiled = jax.jit(step, donate_argnums=0)
     number = int(state.step)
     for batch in batches:
-        state, metrics = compiled(state, batch.tokens, batch.mask)
+        state, metrics = compiled(state, batch.tokens, batch.mask, topology)
         number += 1
         values = jax.tree.map(np.asarray, jax.device_get(metrics))
         _require_finite(number, values, last_saved)
@@ -66,7 +96,9 @@ def train(
 def _require_finite(step: int, metrics: dict[str, np.ndarray], last_saved: int | None) -> None:
     for name in ("cross_entropy", "balance_loss", "z_loss", "loss", "grad_norm"):
         if not np.isfinite(metrics[name]).all():
-            good = "there is no checkpoint yet" if last_saved is None else f"the last good checkpoint is step {last_saved}"
+            good = (
+                "there is no checkpoint yet" if last_saved is None else f"the last good checkpoint is step {last_saved}"
+            )
             raise NonFiniteError(
                 f"{name} is {metrics[name]} at step {step}; {good}. "
                 "Lower optimizer.learning_rate or raise loss.z, then run again."

@@ -60,9 +60,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
             consistent_rms=0.2,
         )
     else:
-        rule = optax.adamw(
-            schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=_decays
-        )
+        rule = optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=_decays)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
 
 

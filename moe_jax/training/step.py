@@ -17,7 +17,7 @@ from flax import nnx
 from moe_jax.losses import cross_entropy, load_balancing_loss, load_fractions, router_z_loss
 from moe_jax.nn.router import Balance
 from moe_jax.routing import update_bias
-from moe_jax.types import Array, ArrayTree, RouterStats
+from moe_jax.types import Array, ArrayTree, RouterStats, Topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +48,13 @@ class TrainState:
     step: Array
 
 
-TrainStep = Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Array]]]
+TrainStep = Callable[[TrainState, Array, Array, Topology | None], tuple[TrainState, dict[str, Array]]]
 
 
 def init_state(model: nnx.Module, optimizer: optax.GradientTransformation) -> tuple[nnx.GraphDef, TrainState]:
     """Splits a model into its structure and the state at step 0."""
-    graphdef, params, balance = nnx.split(model, nnx.Param, Balance)
+    graphdef, *states = nnx.split(model, nnx.Param, Balance)
+    params, balance = states
     return graphdef, TrainState(params, balance, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
@@ -62,10 +63,8 @@ def merge_model(graphdef: nnx.GraphDef, state: TrainState) -> nnx.Module:
     return nnx.merge(graphdef, state.params, state.balance)
 
 
-def make_train_step(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: LossConfig
-) -> TrainStep:
-    """The step as a pure function `(state, tokens, mask) -> (state, metrics)`, to be jitted with a donated state.
+def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: LossConfig) -> TrainStep:
+    """The step as a pure function `(state, tokens, mask, topology) -> (state, metrics)`, to be jitted with a donated state.
 
     Args:
       graphdef: structure of a model called as `model(tokens, token_mask) -> (logits, RouterOutput)`.
@@ -73,20 +72,29 @@ def make_train_step(
       config: loss weights and micro-batches.
 
     Returns:
-      A function of the state, `tokens [B, S+1]` int32 and `mask [B, S+1]` bool. Metrics: scalars `loss`,
+      A function of the state, `tokens [B, S+1]` int32, `mask [B, S+1]` bool and the topology to train under (`keep
+      [L, 1, E]`; None for everything open). Metrics: scalars `loss`,
       `cross_entropy` (nats per token), `grad_norm`, and per MoE layer `balance_loss [L]`, `z_loss [L]`, `load [L, E]`
       (assignment shares) and `dropped [L]` (share of the choices lost to full experts).
     """
 
-    def forward(params: nnx.State, balance: nnx.State, tokens: Array, mask: Array) -> tuple[Array, RouterStats]:
+    def forward(
+        params: nnx.State, balance: nnx.State, tokens: Array, mask: Array, topology: Topology | None
+    ) -> tuple[Array, RouterStats]:
         model = nnx.merge(graphdef, params, balance)
-        logits, routed = model(tokens[:, :-1], mask[:, :-1])
+        logits, routed = model(tokens[:, :-1], mask[:, :-1], topology)
         return jnp.sum(cross_entropy(logits, tokens[:, 1:]) * _is_target(mask)), routed.stats
 
     def objective(
-        params: nnx.State, balance: nnx.State, tokens: Array, mask: Array, whole: RouterStats | None, targets: Array
+        params: nnx.State,
+        balance: nnx.State,
+        tokens: Array,
+        mask: Array,
+        topology: Topology | None,
+        whole: RouterStats | None,
+        targets: Array,
     ) -> tuple[Array, tuple[Array, RouterStats]]:
-        nll, stats = forward(params, balance, tokens, mask)
+        nll, stats = forward(params, balance, tokens, mask, topology)
         share, fractions = stats, None
         if whole is not None:
             share = dataclasses.replace(stats, num_tokens=whole.num_tokens)
@@ -98,16 +106,18 @@ def make_train_step(
         )
         return loss, (nll, stats)
 
-    def train_step(state: TrainState, tokens: Array, mask: Array) -> tuple[TrainState, dict[str, Array]]:
+    def train_step(
+        state: TrainState, tokens: Array, mask: Array, topology: Topology | None = None
+    ) -> tuple[TrainState, dict[str, Array]]:
         targets = jnp.maximum(_is_target(mask).sum(dtype=jnp.float32), 1.0)
         gradient = jax.value_and_grad(objective, has_aux=True)
         if config.micro_batches == 1:
-            (loss, (nll, stats)), grads = gradient(state.params, state.balance, tokens, mask, None, targets)
+            (loss, (nll, stats)), grads = gradient(state.params, state.balance, tokens, mask, topology, None, targets)
         else:
             parts = tuple(_micro_batches(x, config.micro_batches) for x in (tokens, mask))
-            whole = _sum_over(lambda part: forward(state.params, state.balance, *part)[1], parts)
+            whole = _sum_over(lambda part: forward(state.params, state.balance, *part, topology)[1], parts)
             (loss, (nll, stats)), grads = _sum_over(
-                lambda part: gradient(state.params, state.balance, *part, whole, targets), parts
+                lambda part: gradient(state.params, state.balance, *part, topology, whole, targets), parts
             )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         balance = state.balance

@@ -1,0 +1,74 @@
+"""The main job on a laptop: train a byte-level MoE language model, then evolve its routing topology.
+
+Command:   python -m experiments.evolve_topology
+Hardware:  two CPU cores, 2 GB of memory
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Every key can be set on the command line, such as `--config.evolution.generations=200`."""
+    config = ConfigDict()
+    config.seed = 0
+    config.data = ConfigDict(
+        {
+            "domains": ("speeches", "novel", "mathematics", "python"),
+            "folders": (),
+            "python_bytes": 400_000,
+            "search_fraction": 0.06,
+            "selection_fraction": 0.06,
+            "test_fraction": 0.06,
+            "seed": 0,
+            "sequence_length": 128,
+            "batch_size": 16,
+            "domain_weights": (0.22, 0.22, 0.12, 0.44),
+        }
+    )
+    config.model = ConfigDict(
+        {
+            "vocab_size": 256,
+            "width": 128,
+            "layers": ("dense", "moe", "moe"),
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "dense_hidden": 256,
+            "num_experts": 16,
+            "expert_hidden": 48,
+            "num_choices": 2,
+            "rule": "softmax_top_k_renormalized",
+            "backend": "blocked",
+            "context": 3,
+            "compute_dtype": "float32",
+        }
+    )
+    config.optimizer = ConfigDict(
+        {
+            "name": "adamw",
+            "learning_rate": 4e-3,
+            "warmup_steps": 50,
+            "final_fraction": 0.1,
+            "weight_decay": 0.3,
+            "clip_norm": 1.0,
+        }
+    )
+    config.loss = ConfigDict({"balance": 0.01, "z": 1e-3, "bias_rate": 0.0, "micro_batches": 1})
+    config.training = ConfigDict({"steps": 900, "checkpoint_every": 100, "heal_steps": 40})
+    config.evolution = ConfigDict(
+        {
+            "population": 32,
+            "generations": 12,
+            "chunk": 6,
+            "seeds": 3,
+            "kept_fraction": 0.5,
+            "frozen_layers": 0,
+            "edits": 2.0,
+            "search_per_domain": 2,
+            "selection_per_domain": 8,
+            "front_per_domain": 8,
+            "reference_kl": 1.0,
+            "reference_load": 4.0,
+            "memory_limit_mb": 512,
+        }
+    )
+    return config

@@ -1,0 +1,238 @@
+"""Stages of `evolve_topology` around the model: text, training, recorded routing, healing. Each resumes where it was killed."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import jax
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from moe_jax.analysis import RoutingTrace, document_mean, save_trace, summarise_routing, trace_routing
+from moe_jax.checkpoints import CheckpointStore
+from moe_jax.data import (
+    DataConfig,
+    Sequences,
+    balanced_subset,
+    load_documents,
+    pack,
+    split_documents,
+    train_batches,
+)
+from moe_jax.models.decoder import Decoder, DecoderConfig
+from moe_jax.routing import full_topology
+from moe_jax.runs import MetricsWriter, RunFolder, read_json, section, write_json
+from moe_jax.training.evaluation import make_evaluator
+from moe_jax.training.loop import TrainingConfig, train
+from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
+from moe_jax.training.step import LossConfig, TrainState, init_state, make_train_step, merge_model
+from moe_jax.types import Topology
+
+LOG2 = float(np.log(2))
+
+
+class Lab:
+    """What every stage needs: the run's folder, the settings, the text, the model's structure and compiled programs."""
+
+    def __init__(self, run: RunFolder, progress: Progress):
+        """Reads settings and text; compiles nothing.
+
+        Args:
+          run: the open run folder.
+          progress: where bars are drawn.
+        """
+        config = run.config
+        self.run, self.progress = run, progress
+        self.data = _section(DataConfig, config, "data")
+        self.model = _section(DecoderConfig, config, "model")
+        self.training = _section(TrainingConfig, config, "training")
+        self.key = jax.random.key(config.seed)
+        self.splits = split_documents(load_documents(self.data), self.data)
+        self.packed = {name: pack(documents, self.data.sequence_length) for name, documents in self.splits.items()}
+        optimizer = make_optimizer(_section(OptimizerConfig, config, "optimizer"), self.training.steps)
+        self.graphdef, self.initial = init_state(Decoder(self.model, key=jax.random.fold_in(self.key, 0)), optimizer)
+        self.step = make_train_step(self.graphdef, optimizer, _section(LossConfig, config, "loss"))
+        self.model_graphdef = nnx.graphdef(merge_model(self.graphdef, self.initial))
+        self.evaluate = make_evaluator(self.model_graphdef, batch_size=32)
+        self.open_topology = full_topology(self.model.num_moe_layers, self.model.num_experts, self.model.num_choices)
+
+    @contextmanager
+    def bar(self, title: str, total: int, done: int = 0) -> Iterator["Bar"]:
+        """A progress bar for one stage."""
+        yield Bar(self.progress, self.progress.add_task(title, total=total, completed=done, note=""))
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Adds the wall seconds of a stage to the run's record; a resumed stage adds to what was there."""
+        start = time.perf_counter()
+        yield
+        path = self.run.path / "stages" / "timing.json"
+        seconds = read_json(path) if path.is_file() else {}
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+        write_json(path, seconds)
+
+    def subset(self, split: str, per_domain: int) -> Sequences:
+        """The same number of sequences of every domain, or all that the smallest domain allows."""
+        sequences = self.packed[split]
+        smallest = int(np.bincount(sequences.domain, minlength=len(sequences.domain_names)).min())
+        return balanced_subset(sequences, min(per_domain, smallest), jax.random.fold_in(self.key, 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """One line of the progress display."""
+
+    progress: Progress
+    task: TaskID
+
+    def advance(self) -> None:
+        """One more done."""
+        self.progress.advance(self.task)
+
+    def show(self, done: int | None = None, note: str = "") -> None:
+        """Sets the count (None leaves it) and the note beside it."""
+        self.progress.update(self.task, completed=done, note=note)
+
+
+def progress_display() -> Progress:
+    """The bars of an experiment."""
+    return Progress(
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+
+
+def train_model(lab: Lab) -> TrainState:
+    """Trains the model, or what is left of it, with a checkpoint and a held-out loss at every mark."""
+    total, every = lab.training.steps, lab.training.checkpoint_every
+    selection = lab.subset("selection", 8)
+    evaluation = MetricsWriter(lab.run.path, "evaluate")
+
+    def on_save(step: int, state: TrainState) -> None:
+        nll, targets = lab.evaluate(model_state(state), selection.tokens, selection.mask, lab.open_topology)
+        evaluation.append(step, {"bits_per_byte": nll.sum() / targets.sum() / LOG2})
+        evaluation.flush()
+
+    with lab.timed("train"):
+        return _continue_training(lab, "train", lab.initial, total, every, lab.open_topology, evaluation, on_save)
+
+
+def heal(lab: Lab, name: str, state: TrainState, topology: Topology) -> TrainState:
+    """A short continuation of training, optimizer state and schedule included, under a topology."""
+    steps = lab.training.steps + lab.training.heal_steps
+    with lab.timed("heal"):
+        return _continue_training(lab, f"heal/{name}", state, steps, lab.training.heal_steps, topology)
+
+
+def _continue_training(
+    lab: Lab,
+    stage: str,
+    initial: TrainState,
+    steps: int,
+    checkpoint_every: int,
+    topology: Topology,
+    evaluation: MetricsWriter | None = None,
+    on_save: Callable[[int, TrainState], None] = lambda step, state: None,
+) -> TrainState:
+    """Trains until step `steps`, from the newest checkpoint of the stage or from `initial`."""
+    writer = MetricsWriter(lab.run.path, stage)
+    with CheckpointStore(lab.run.subfolder("checkpoints", *stage.split("/"))) as store:
+        last = store.latest_step()
+        state = jax.tree.map(np.array, initial) if last is None else store.restore(last, initial)
+        for metrics in filter(None, (writer, evaluation)):
+            metrics.truncate_after(int(state.step))
+        batches = train_batches(lab.splits["train"], lab.data, jax.random.fold_in(lab.key, 1), int(state.step), steps)
+        if int(state.step) == steps:
+            return state
+        with lab.bar(stage, steps, int(state.step)) as bar:
+
+            def record(step: int, values: dict[str, np.ndarray]) -> None:
+                writer.append(step, values)
+                bar.show(step, f"{values['cross_entropy'] / LOG2:.2f} bits/byte")
+
+            def save(step: int, state: TrainState) -> None:
+                writer.flush()
+                on_save(step, state)
+                store.save(step, state)
+                lab.run.report_progress(stage, step, store.path(step))
+
+            return train(
+                state,
+                lab.step,
+                batches,
+                checkpoint_every=checkpoint_every,
+                save=save,
+                record=record,
+                topology=topology,
+                last_saved=last,
+            )
+
+
+def record_routing(lab: Lab, state: TrainState) -> dict:
+    """Routes the selection split once, keeps the trace, and gives its statistics."""
+    path = lab.run.path / "stages" / "routing.json"
+    if path.is_file():
+        return read_json(path)
+    sequences = lab.packed["selection"]
+    inputs, mask = sequences.tokens[:, :-1].astype(np.int32), sequences.mask[:, :-1]
+
+    @jax.jit
+    def route(state: nnx.State, tokens: jax.Array, mask: jax.Array) -> tuple:
+        return nnx.merge(lab.model_graphdef, state)(tokens, mask, trace="full")[1]
+
+    with lab.timed("routing report"), lab.bar("routing report", 1) as bar:
+        routed = route(model_state(state), inputs, mask)
+        length = inputs.shape[1]
+        trace: RoutingTrace = trace_routing(
+            routed,
+            token_ids=inputs,
+            token_mask=mask,
+            position=np.tile(np.arange(length), len(inputs)),
+            domain=np.repeat(sequences.domain, length),
+            document=np.repeat(sequences.document, length),
+            domain_names=sequences.domain_names,
+        )
+        save_trace(lab.run.path / "traces" / "routing.npz", trace)
+        write_json(path, summarise_routing(trace, routed.stats))
+        bar.advance()
+    return read_json(path)
+
+
+def bits_per_byte(sequences: Sequences, nll: np.ndarray, targets: np.ndarray) -> dict[str, object]:
+    """Bits per byte in all and by domain, with an interval over documents, from sums per sequence."""
+    rows: dict[str, object] = {"all": float(nll.sum() / targets.sum() / LOG2)}
+    for index, name in enumerate(sequences.domain_names):
+        chosen = sequences.domain == index
+        rows[name] = float(nll[chosen].sum() / targets[chosen].sum() / LOG2)
+    rows["interval"] = list(document_interval(sequences, nll, targets)[1:])
+    return rows
+
+
+def document_interval(sequences: Sequences, nll: np.ndarray, targets: np.ndarray) -> tuple[float, float, float]:
+    """Mean bits per byte and its 95 % interval over documents, from sums per sequence (spread evenly over its bytes)."""
+    per_byte = np.repeat(nll / np.maximum(targets, 1) / LOG2, targets)
+    return document_mean(per_byte, np.repeat(sequences.document, targets))
+
+
+def model_state(state: TrainState) -> nnx.State:
+    """The model's parameters and balance state, as one state."""
+    return nnx.merge_state(state.params, state.balance)
+
+
+def _section(kind: type, config: ConfigDict, name: str):
+    return section(kind, config[name], f"config.{name}")

@@ -1,0 +1,93 @@
+"""One-shot expert saliencies of a trained model: what pruning without search goes by, and what orders a budget genome.
+
+Over the tokens X_e routed to expert e, with gate g_e(x) and output f_e(x):
+
+    frequency   |X_e|
+    gate_sum    sum of g_e(x)
+    reap        mean of g_e(x) * ||f_e(x)||      (Lasby et al. 2510.13999)
+    gate_norm   sum of g_e(x) * ||f_e(x)||
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe_jax.evolution.genomes import LayerTopology
+from moe_jax.models.decoder import Decoder
+from moe_jax.nn.block import Block
+from moe_jax.nn.moe import MoELayer
+from moe_jax.types import Array
+
+SALIENCIES = ("frequency", "gate_sum", "reap", "gate_norm")
+
+
+def measure_saliency(
+    graphdef: nnx.GraphDef, state: nnx.State, tokens: Array, token_mask: Array
+) -> dict[str, np.ndarray]:
+    """All four saliencies in one pass over some text.
+
+    Args:
+      graphdef: structure of a decoder.
+      state: its parameters and balance state.
+      tokens: `[N, S]` int token ids; enough memory for one layer's hidden states of all of them is needed.
+      token_mask: `[N, S]` bool.
+
+    Returns:
+      For each name in `SALIENCIES`, `[L, E]` float32, larger is more important. An expert that no token chose has 0.
+    """
+    model: Decoder = nnx.merge(graphdef, state)
+    x, rows = model.embed(tokens, token_mask), []
+    for index, kind in enumerate(model.config.layers):
+        block = model.layer(index)
+        if kind == "moe":
+            rows.append(_layer_sums(block, x, token_mask))
+        x = _run_block(block, x, token_mask)
+    counts, gates, products = (np.stack([np.asarray(row[i]) for row in rows]) for i in range(3))
+    return {
+        "frequency": counts,
+        "gate_sum": gates,
+        "reap": products / np.maximum(counts, 1.0),
+        "gate_norm": products,
+    }
+
+
+def prune_uniformly(saliency: np.ndarray, total: int, num_choices: int) -> LayerTopology:
+    """Keeps the most salient experts of every layer, equally many in each (the first layers get a remainder).
+
+    Args:
+      saliency: `[L, E]`.
+      total: experts kept over all layers.
+      num_choices: experts a token uses in every layer.
+    """
+    num_layers = len(saliency)
+    budgets = total // num_layers + (np.arange(num_layers) < total % num_layers)
+    place = np.argsort(np.argsort(-saliency, axis=1, kind="stable"), axis=1)
+    return LayerTopology(jnp.asarray(place < budgets[:, None]), jnp.full(num_layers, num_choices, jnp.int32))
+
+
+@jax.jit
+def _run_block(block: Block, x: Array, token_mask: Array) -> Array:
+    """One block's `[N, S, D]` output; compiled once for each kind of layer, not for each layer."""
+    return block(x, token_mask)[0]
+
+
+@jax.jit
+def _layer_sums(block: Block, x: Array, token_mask: Array) -> tuple[Array, Array, Array]:
+    """`[E]` counts, gate sums and sums of gate times output norm of one MoE block."""
+    assert isinstance(block.feed_forward, MoELayer)  # the caller picks the layers of that kind
+    experts = block.feed_forward.experts
+    _, normed = block.attend(x, token_mask)
+    _, routed = block.feed_forward(normed, token_mask)
+    assert routed.plan is not None  # a layer by itself returns everything
+    tokens, plan = normed.reshape(-1, normed.shape[-1]), routed.plan
+
+    def of_expert(expert: tuple[Array, dict[str, Array]]) -> tuple[Array, Array, Array]:
+        index, params = expert
+        output = experts.expert.outer(params, experts.expert.inner(params, tokens))
+        is_chosen = plan.expert_ids == index  # [T, K]
+        gate = jnp.sum(plan.gates * is_chosen, axis=1)
+        return is_chosen.sum(dtype=jnp.float32), gate.sum(), jnp.sum(gate * jnp.linalg.norm(output, axis=-1))
+
+    params = experts.parameters(tokens.dtype)
+    return jax.lax.map(of_expert, (jnp.arange(plan.num_experts), params))
