@@ -48,12 +48,12 @@ def get_config() -> ConfigDict:
             "learning_rate": 4e-3,
             "warmup_steps": 50,
             "final_fraction": 0.1,
-            "weight_decay": 0.3,
+            "weight_decay": 1.0,
             "clip_norm": 1.0,
         }
     )
     config.loss = ConfigDict({"balance": 0.01, "z": 1e-3, "bias_rate": 0.0, "micro_batches": 1})
-    config.training = ConfigDict({"steps": 900, "checkpoint_every": 100, "heal_steps": 40})
+    config.training = ConfigDict({"steps": 1000, "checkpoint_every": 100, "heal_steps": 40})
     config.evolution = ConfigDict(
         {
             "population": 32,

@@ -1,0 +1,1 @@
+"""Programs that use moe_jax: one run, one benchmark or one data preparation each."""

@@ -1,7 +1,8 @@
 """Train a small mixture-of-experts language model on real text, then evolve its routing topology.
 
-What it does: trains a byte-level decoder, reports how it routes, searches which experts to keep per layer and how many to
-use per token, compares the search with eight baselines at equal evaluations, and heals the chosen topologies by a short training.
+Trains a byte-level decoder, reports how it routes, searches which experts to keep in each layer and how many to use per
+token, compares the searches with their baselines at equal evaluations, and heals the chosen topologies by a short
+training.
 
 Examples:
   python -m experiments.evolve_topology
@@ -59,15 +60,15 @@ def compute_results(lab: Lab) -> dict[str, Any]:
     compared = compare_methods(search, found)
     (evolved, evolved_seed), (rival, rival_seed) = compared["chosen"]["evolved"], compared["chosen"]["baseline"]
     chosen = {
-        FULL: lab.open_topology,
-        evolved: search.topology(found[evolved][evolved_seed]),
-        rival: search.topology(found[rival][rival_seed]),
+        "untouched": (FULL, lab.open_topology),
+        "evolved": (evolved, search.topology(found[evolved][evolved_seed])),
+        "baseline": (rival, search.topology(found[rival][rival_seed])),
     }
     write_topologies(lab, search, found)
     test, state_of = lab.packed["test"], model_state(state)
     losses = lab.evaluate(state_of, test.tokens, test.mask, lab.open_topology)
     model_bits = {"test": bits_per_byte(test, *losses)}
-    healed = [heal_row(lab, name, state, topology) for name, topology in chosen.items()]
+    healed = [heal_row(lab, role, name, state, topology) for role, (name, topology) in chosen.items()]
     best = next(method for method in compared["methods"] if method["name"] == evolved)
     return {
         "title": "Evolving the routing topology of a byte-level mixture of experts",
@@ -84,10 +85,10 @@ def compute_results(lab: Lab) -> dict[str, Any]:
     }
 
 
-def heal_row(lab: Lab, name: str, state: TrainState, topology: Topology) -> dict[str, Any]:
+def heal_row(lab: Lab, role: str, name: str, state: TrainState, topology: Topology) -> dict[str, Any]:
     """One-shot and healed loss of a topology on the test split."""
     test = lab.packed["test"]
-    trained = heal(lab, name, state, topology)
+    trained = heal(lab, role, state, topology)
     before, after = (
         bits_per_byte(test, *lab.evaluate(model_state(s), test.tokens, test.mask, topology)) for s in (state, trained)
     )
@@ -127,10 +128,11 @@ def summarise(compared: dict[str, Any], model_bits: dict[str, Any], baseline: di
     words = {"better": "better than", "tie": "a tie with", "worse": "worse than", "unknown": "not comparable with"}
     verdicts = "; ".join(f"{words[kind]} {', '.join(names)}" for kind, names in against.items())
     return [
-        f"The model needs {model_bits['test']['all']:.3f} bits per byte on the test split; a byte 5-gram trained on the same "
-        f"text needs {baseline['all']:.3f}.",
+        f"The model needs {model_bits['test']['all']:.3f} bits per byte on the test split; a byte 5-gram trained on the "
+        f"same text needs {baseline['all']:.3f}.",
         f"With {budget['experts_kept']} of {budget['experts']} experts kept, {evolved['name']} loses "
-        f"{evolved['delta_vs_full']['estimate']:.3f} bits per byte against the untouched model. On the test split it is {verdicts}.",
+        f"{evolved['delta_vs_full']['estimate']:.3f} bits per byte against the untouched model. "
+        f"On the test split it is {verdicts}.",
     ]
 
 
@@ -151,8 +153,8 @@ def print_table(console: Console, results: dict[str, Any]) -> None:
     """The final table."""
     search = results["search"]
     table = Table(title="Test split, lower is better", title_justify="left")
-    for column in ("method", "evaluations", "KL on selection", "bits/byte", "95 % over documents", "vs untouched"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+    for column in ("method", "evaluations", "KL on selection", "bits/byte", "95 % interval", "vs untouched"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
     for method in search["methods"]:
         low, high = method["test_bpb_interval"]
         delta = method.get("delta_vs_full")

@@ -1,4 +1,4 @@
-"""Stages of `evolve_topology` around the model: text, training, recorded routing, healing. Each resumes where it was killed."""
+"""Stages of `evolve_topology` around the model: text, training, recorded routing, healing."""
 
 import dataclasses
 import time
@@ -132,11 +132,11 @@ def train_model(lab: Lab) -> TrainState:
         return _continue_training(lab, "train", lab.initial, total, every, lab.open_topology, evaluation, on_save)
 
 
-def heal(lab: Lab, name: str, state: TrainState, topology: Topology) -> TrainState:
+def heal(lab: Lab, role: str, state: TrainState, topology: Topology) -> TrainState:
     """A short continuation of training, optimizer state and schedule included, under a topology."""
     steps = lab.training.steps + lab.training.heal_steps
     with lab.timed("heal"):
-        return _continue_training(lab, f"heal/{name}", state, steps, lab.training.heal_steps, topology)
+        return _continue_training(lab, f"heal/{role}", state, steps, lab.training.heal_steps, topology)
 
 
 def _continue_training(
@@ -224,7 +224,7 @@ def bits_per_byte(sequences: Sequences, nll: np.ndarray, targets: np.ndarray) ->
 
 
 def document_interval(sequences: Sequences, nll: np.ndarray, targets: np.ndarray) -> tuple[float, float, float]:
-    """Mean bits per byte and its 95 % interval over documents, from sums per sequence (spread evenly over its bytes)."""
+    """Mean bits per byte and its 95 % interval over documents; a sequence's sum is spread evenly over its bytes."""
     per_byte = np.repeat(nll / np.maximum(targets, 1) / LOG2, targets)
     return document_mean(per_byte, np.repeat(sequences.document, targets))
 

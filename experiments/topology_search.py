@@ -173,30 +173,30 @@ class TopologySearch:
 
 
 def compare_methods(search: TopologySearch, found: Mapping[str, list[Found]]) -> dict[str, Any]:
-    """Chooses on the selection split, measures on the test split: `results["search"]` of the report's schema.
+    """Chooses on the selection split, measures on the test split.
 
     Returns:
-      The schema's mapping, plus `chosen`: the evolved result and the best baseline, `(name, seed)` each, by KL on the selection
-      split alone.
+      `results["search"]` of the report's schema, and beside it `chosen`: name and seed of the evolved topology and of the
+      baseline with the lowest KL on the selection split.
     """
-    lab, config = search.lab, search.config
-    selection, test = lab.subset("selection", config.selection_per_domain), lab.packed["test"]
-    search_text = lab.subset("search", config.search_per_domain)
+    lab, config, test = search.lab, search.config, search.lab.packed["test"]
+    selection = lab.subset("selection", config.selection_per_domain)
+    calibration = lab.subset("search", config.search_per_domain)
     single = {name: runs for name, runs in found.items() if name not in FRONTS}
     nll_full, targets = lab.evaluate(search.model, test.tokens, test.mask, lab.open_topology)
+    full = bits_per_byte(test, nll_full, targets)
     methods, losses = [], {}
-    total = sum(len(runs) for runs in single.values())
-    with lab.timed("test"), lab.bar("test split", total) as bar:
+    with lab.timed("test"), lab.bar("test split", sum(map(len, single.values()))) as bar:
         for name, runs in single.items():
-            stacked = LayerTopology(
-                *(np.concatenate([getattr(run, side) for run in runs]) for side in ("keep", "num_choices"))
-            )
-            on_search, on_selection = (search.objectives(stacked, text) for text in (search_text, selection))
-            per_seed = []
+            nlls = []
             for run in runs:
-                per_seed.append(lab.evaluate(search.model, test.tokens, test.mask, search.topology(run))[0])
+                nlls.append(lab.evaluate(search.model, test.tokens, test.mask, search.topology(run))[0])
                 bar.advance()
-            losses[name] = np.mean(per_seed, axis=0)
+            losses[name] = np.mean(nlls, axis=0)
+            stacked = LayerTopology(
+                np.concatenate([run.keep for run in runs]), np.concatenate([run.num_choices for run in runs])
+            )
+            on_selection = search.objectives(stacked, selection)
             methods.append(
                 {
                     "name": name,
@@ -205,9 +205,9 @@ def compare_methods(search: TopologySearch, found: Mapping[str, list[Found]]) ->
                     "seeds": list(range(len(runs))),
                     "evaluations": int(runs[0].evaluations),
                     "seconds": float(np.mean([run.seconds for run in runs])),
-                    "search_kl": on_search[:, 0].tolist(),
+                    "search_kl": search.objectives(stacked, calibration)[:, 0].tolist(),
                     "selection_kl": on_selection[:, 0].tolist(),
-                    "test_bpb": [float(nll.sum() / targets.sum() / LOG2) for nll in per_seed],
+                    "test_bpb": [float(nll.sum() / targets.sum() / LOG2) for nll in nlls],
                     "test_bpb_interval": list(document_interval(test, losses[name], targets)[1:]),
                     "delta_vs_full": _difference(test, losses[name], nll_full, targets),
                     "active_flops_per_token": float(on_selection[:, 1].mean()),
@@ -218,17 +218,15 @@ def compare_methods(search: TopologySearch, found: Mapping[str, list[Found]]) ->
         if method["kind"] == "evolved":
             rivals = [name for name in losses if name not in EVOLVED]
             method["comparisons"] = [
-                _compare(test, losses[method["name"]], losses[name], targets, name) for name in rivals
+                _compare(test, losses[method["name"]], losses[rival], targets, rival) for rival in rivals
             ]
-    full = bits_per_byte(test, nll_full, targets)
-    methods.insert(
-        0, {"name": FULL, "kind": "reference", "test_bpb": [full["all"]], "test_bpb_interval": full["interval"]}
-    )
+    reference = {"name": FULL, "kind": "reference", "test_bpb": [full["all"]], "test_bpb_interval": full["interval"]}
     return {
         "description": [
-            "Every population search starts with the same four one-shot masks beside random ones, repairs the same way, and "
-            f"spends {search.study.evaluations} evaluations per seed on the same {len(search_text)} sequences of the search split.",
-            "Local search starts each chain from REAP's mask. Greedy removal counts every evaluation and stops evaluating at the same budget.",
+            "Every population search starts with the same four one-shot masks beside random ones, repairs the same way, "
+            f"and spends {search.study.evaluations} evaluations per seed on the same {len(calibration)} sequences.",
+            "Local search starts each chain from REAP's mask. Greedy removal counts every evaluation and stops at the "
+            "same number; removals left over then follow its last complete ranking.",
         ],
         "budget": {
             "evaluations": search.study.evaluations,
@@ -236,7 +234,7 @@ def compare_methods(search: TopologySearch, found: Mapping[str, list[Found]]) ->
             "experts": search.study.mask.config.num_moe_layers * lab.model.num_experts,
             "seeds": config.seeds,
         },
-        "methods": methods,
+        "methods": [reference, *methods],
         "chosen": {kind: _best_on_selection(methods, kind) for kind in ("evolved", "baseline")},
         **_fronts(search, found, selection),
     }
@@ -249,7 +247,7 @@ def _fronts(search: TopologySearch, found: Mapping[str, list[Found]], selection:
     untouched = jax.tree.map(lambda side: side[-1:], search.study.ladder)
     full = search.objectives(untouched, test)[0]
     reference = np.array([search.config.reference_kl, 1.001 * full[1], search.config.reference_load])
-    fronts, volumes, topologies = [], [], []
+    fronts, volumes = [], []
     for name, runs in [*((name, found[name]) for name in FRONTS), ("saliency ladder", [ladder])]:
         values = []
         for seed, run in enumerate(runs):

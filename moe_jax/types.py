@@ -118,7 +118,8 @@ class Topology:
 class Expert(NamedTuple):
     """An expert network for rows of one expert, cut in two where its activations are worth saving.
 
-    `outer(params, inner(params, rows))` with rows `[C, D]` gives `[C, D]`; both see one expert's slice of the parameters.
+    `outer(params, inner(params, rows))` with rows `[C, D]` gives `[C, D]`; both see one expert's slice of the
+    parameters.
     A backend with its own VJP stores only `inner`'s output and recomputes the cheap rest, so cut behind the first
     matmul: then neither half repeats a matmul in the backward pass.
     """

@@ -44,7 +44,7 @@ def batch(seed=0, size=8, length=13):
 
 @pytest.mark.parametrize("micro_batches", [2, 4, 8])
 def test_accumulation_equals_one_large_batch_losses_included(micro_batches):
-    """Padding is uneven over micro-batches, and the balance loss is weighed heavily, so that a wrong mean would show."""
+    """Padding is uneven over micro-batches and the balance loss weighs heavily, so a wrong mean would show."""
     states = []
     for parts in (1, micro_batches):
         _, state, step = setup(LossConfig(balance=1.0, z=0.1, bias_rate=0.01, micro_batches=parts))
@@ -98,6 +98,12 @@ def test_training_memorises_a_batch(optimizer):
         losses.append(float(metrics["cross_entropy"]))
     assert losses[-1] < 0.5 * losses[0]
     assert int(state.step) == 50
+
+
+def test_a_model_without_moe_layers_trains():
+    _, state, step = setup(config=dataclasses.replace(CONFIG, layers=("dense",)))
+    _, metrics = jax.jit(step)(state, *batch(7))
+    assert set(metrics) == {"loss", "cross_entropy", "grad_norm"} and metrics["loss"] == metrics["cross_entropy"]
 
 
 def test_bias_rule_updates_once_per_step_and_stays_out_of_the_optimizer():

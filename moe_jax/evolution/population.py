@@ -6,6 +6,7 @@ path. Layers before the first one that any candidate changes are computed once f
 """
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from flax import nnx
 from moe_jax.evolution.genomes import Genome, LayerTopology
 from moe_jax.losses import kl_divergence
 from moe_jax.models.decoder import Decoder, DecoderConfig
-from moe_jax.routing import population_topology
+from moe_jax.routing import count_assignments, population_topology
 from moe_jax.types import Array
 
 OBJECTIVES = (
@@ -134,8 +135,7 @@ class PopulationEvaluator:
         )
         assert routed.plan is not None  # the trace level keeps it
         ids = routed.plan.expert_ids.reshape(num_layers, count, -1)  # (L', c*N*S, K) -> (L', c, N*S*K)
-        counts = (ids[..., None] == jnp.arange(num_experts)).sum(2, dtype=jnp.float32)
-        counts = jnp.swapaxes(counts, 0, 1)  # (L', c, E) -> (c, L', E)
+        counts = jax.vmap(jax.vmap(partial(count_assignments, num_experts=num_experts)))(jnp.swapaxes(ids, 0, 1))
         frozen_choices = jnp.full((count, self.frozen_layers), float(config.num_choices))
         frozen_load = jnp.broadcast_to(data.frozen_load, (count, self.frozen_layers))
         tokens = jnp.maximum(data.token_mask.sum(dtype=jnp.float32), 1.0)

@@ -160,6 +160,7 @@ def advance_search(
     return jax.lax.scan(one_generation, state, None, length=num_generations)
 
 
+_start = partial(jax.jit, static_argnums=(0, 2))(start_search)
 _advance = partial(jax.jit, static_argnums=(0, 1, 2))(advance_search)
 
 
@@ -195,7 +196,7 @@ def run_search(
     """
     start = time.perf_counter()
     if state is None:
-        state = start_search(strategy, params, evaluate, data, key, initial)
+        state = _start(strategy, params, evaluate, data, key, initial)
     size = strategy.population_size
     chunks: list[dict[str, np.ndarray]] = []
     generation, num_invalid = int(state.generation), 0

@@ -71,8 +71,8 @@ class EvolutionConfig:
         for name in ("population", "generations", "chunk", "seeds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"evolution.{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.kept_fraction <= 1:
-            raise ValueError(f"evolution.kept_fraction must be in (0, 1], got {self.kept_fraction}")
+        if not 0 < self.kept_fraction < 1:
+            raise ValueError(f"evolution.kept_fraction must be in (0, 1), got {self.kept_fraction}")
 
 
 class Search(NamedTuple):

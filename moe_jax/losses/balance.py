@@ -23,7 +23,7 @@ def load_balancing_loss(stats: RouterStats, fractions: Array | None = None) -> A
 
     Args:
       stats: leading axes free, experts last.
-      fractions: `[..., E]` f of a larger batch, when `stats` is only one of its micro-batches; None takes f from `stats`.
+      fractions: `[..., E]` f of a larger batch, when `stats` is one of its micro-batches; None takes f from `stats`.
 
     Returns:
       `[...]` one loss per leading index.

@@ -88,7 +88,7 @@ class DecoderConfig:
 
 
 def _init_block(config: DecoderConfig, kind: LayerKind, key: Array) -> Block:
-    """One block; output projections are scaled by 1/sqrt(2 * depth), so that the residual stream starts near unit size."""
+    """One block; output projections are scaled by 1/sqrt(2 * depth), so that the residual stream starts small."""
     attention_key, feed_forward_key, router_key = jax.random.split(key, 3)
     scale = (2 * len(config.layers)) ** -0.5
     attention = Attention(config.width, config.num_heads, config.num_kv_heads, output_scale=scale, key=attention_key)
@@ -157,7 +157,7 @@ class Decoder(nnx.Module):
         return self.logits(x), routed
 
     def embed(self, tokens: Array, token_mask: Array | None = None) -> Array:
-        """`[B, S]` ids to `[B, S, D]` in the compute dtype; masked tokens and the start of a sequence add no context."""
+        """`[B, S]` ids to `[B, S, D]` in the compute dtype; masked tokens and a sequence's start add no context."""
         tables = self.embedding[...].astype(self.config.compute_dtype)
         is_token = jnp.ones(tokens.shape, bool) if token_mask is None else token_mask
         x = tables[0][tokens]
@@ -171,7 +171,8 @@ class Decoder(nnx.Module):
         """The block of layer `index`, cut out of its stack."""
         for stack, (_, group) in zip(self.stacks, _runs(self.config.layers), strict=True):
             if index <= group[-1][0]:
-                return jax.tree.map(lambda leaf: leaf[index - group[0][0]], stack)
+                position = index - group[0][0]
+                return jax.tree.map(lambda leaf, position=position: leaf[position], stack)
         raise IndexError(f"layer {index} of {len(self.config.layers)}")
 
     def logits(self, x: Array) -> Array:
@@ -200,7 +201,7 @@ class Decoder(nnx.Module):
           trace: as in `__call__`.
 
         Returns:
-          `[B, S, D]` and the router output of the MoE layers passed, with a leading axis; its fields are None if none was.
+          `[B, S, D]` and the router output of the MoE layers passed, with a leading axis; fields are None if none was.
         """
         if token_groups is not None and token_groups.ndim == 1:
             token_groups = jnp.broadcast_to(token_groups[:, None], x.shape[:2])

@@ -10,7 +10,7 @@ named on the page as missing, never filled in. Unknown keys are ignored. Numbers
     metrics/train/     columns `step`, `loss` (nats per byte on the step's batch); optional `bits_per_byte`
     metrics/evaluate/  columns `step`, `bits_per_byte` (held-out)
     metrics/search/<method>-seed<k>/   (`search_stage` gives the name) columns `step`, `evaluations` (cumulative),
-                       `best` (best search KL so far, nats per byte)
+                       `best` (best search KL so far, nats per byte); a stage without `best` has no curve
     traces/routing.npz      a `moe_jax.analysis.RoutingTrace`, written by `moe_jax.analysis.save_trace`
     traces/topologies.npz   `names` [M] str, `keep` [M, L, E] bool, `num_choices` [M, L] int
 

@@ -110,7 +110,7 @@ def search_curves(run: RunContents) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     }
     seeds: dict[str, list[dict[str, np.ndarray]]] = {}
     for stage, columns in run.metrics.items():
-        if match := re.fullmatch(r"search/(.+)-seed\d+", stage):
+        if "best" in columns and (match := re.fullmatch(r"search/(.+)-seed\d+", stage)):
             seeds.setdefault(names.get(str(match[1]), str(match[1])), []).append(columns)
     curves = {}
     for name in sorted(seeds, key=lambda n: list(names.values()).index(n) if n in names.values() else len(names)):

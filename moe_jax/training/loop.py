@@ -95,7 +95,7 @@ def train(
 
 def _require_finite(step: int, metrics: dict[str, np.ndarray], last_saved: int | None) -> None:
     for name in ("cross_entropy", "balance_loss", "z_loss", "loss", "grad_norm"):
-        if not np.isfinite(metrics[name]).all():
+        if name in metrics and not np.isfinite(metrics[name]).all():
             good = (
                 "there is no checkpoint yet" if last_saved is None else f"the last good checkpoint is step {last_saved}"
             )

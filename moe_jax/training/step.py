@@ -2,8 +2,8 @@
 
 Gradient accumulation is exact, balance loss included. The balance loss `E sum_e f_e P_e` couples micro-batches through
 f, the assignment shares of the whole batch; f carries no gradient, so a forward pass over all micro-batches finds it
-first, and with f fixed the loss is a plain sum over micro-batches. (Averaging per-micro-batch balance losses instead, as is
-common, optimises a different and stricter loss; see 2501.11873.) One micro-batch needs no extra pass.
+first, and with f fixed the loss is a plain sum over micro-batches. (Averaging the balance losses of micro-batches, as
+is common, optimises a different and stricter loss; see 2501.11873.) One micro-batch needs no extra pass.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ def merge_model(graphdef: nnx.GraphDef, state: TrainState) -> nnx.Module:
 
 
 def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: LossConfig) -> TrainStep:
-    """The step as a pure function `(state, tokens, mask, topology) -> (state, metrics)`, to be jitted with a donated state.
+    """The step as a pure function, to be jitted with a donated state.
 
     Args:
       graphdef: structure of a model called as `model(tokens, token_mask) -> (logits, RouterOutput)`.
@@ -80,7 +80,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
 
     def forward(
         params: nnx.State, balance: nnx.State, tokens: Array, mask: Array, topology: Topology | None
-    ) -> tuple[Array, RouterStats]:
+    ) -> tuple[Array, RouterStats | None]:
         model = nnx.merge(graphdef, params, balance)
         logits, routed = model(tokens[:, :-1], mask[:, :-1], topology)
         return jnp.sum(cross_entropy(logits, tokens[:, 1:]) * _is_target(mask)), routed.stats
@@ -93,17 +93,14 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
         topology: Topology | None,
         whole: RouterStats | None,
         targets: Array,
-    ) -> tuple[Array, tuple[Array, RouterStats]]:
+    ) -> tuple[Array, tuple[Array, RouterStats | None]]:
         nll, stats = forward(params, balance, tokens, mask, topology)
-        share, fractions = stats, None
-        if whole is not None:
-            share = dataclasses.replace(stats, num_tokens=whole.num_tokens)
-            fractions = load_fractions(whole)
-        loss = (
-            nll / targets
-            + config.balance * load_balancing_loss(share, fractions).mean()
-            + config.z * router_z_loss(share).mean()
-        )
+        loss = nll / targets
+        if stats is not None:  # a model without MoE layers has nothing to balance
+            share = stats if whole is None else dataclasses.replace(stats, num_tokens=whole.num_tokens)
+            fractions = None if whole is None else load_fractions(whole)
+            loss += config.balance * load_balancing_loss(share, fractions).mean()
+            loss += config.z * router_z_loss(share).mean()
         return loss, (nll, stats)
 
     def train_step(
@@ -115,23 +112,22 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
             (loss, (nll, stats)), grads = gradient(state.params, state.balance, tokens, mask, topology, None, targets)
         else:
             parts = tuple(_micro_batches(x, config.micro_batches) for x in (tokens, mask))
-            whole = _sum_over(lambda part: forward(state.params, state.balance, *part, topology)[1], parts)
+            whole = _sum_over(lambda x, m: forward(state.params, state.balance, x, m, topology)[1], parts)
             (loss, (nll, stats)), grads = _sum_over(
-                lambda part: gradient(state.params, state.balance, *part, topology, whole, targets), parts
+                lambda x, m: gradient(state.params, state.balance, x, m, topology, whole, targets), parts
             )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         balance = state.balance
-        if config.bias_rate:
-            balance = update_balance(balance, stats, config.bias_rate)
-        metrics = {
-            "loss": loss,
-            "cross_entropy": nll / targets,
-            "grad_norm": optax.tree.norm(grads),
-            "balance_loss": load_balancing_loss(stats),
-            "z_loss": router_z_loss(stats),
-            "load": load_fractions(stats),
-            "dropped": stats.dropped_capacity / jnp.maximum(stats.chosen.sum(-1), 1.0),
-        }
+        metrics = {"loss": loss, "cross_entropy": nll / targets, "grad_norm": optax.tree.norm(grads)}
+        if stats is not None:
+            metrics |= {
+                "balance_loss": load_balancing_loss(stats),
+                "z_loss": router_z_loss(stats),
+                "load": load_fractions(stats),
+                "dropped": stats.dropped_capacity / jnp.maximum(stats.chosen.sum(-1), 1.0),
+            }
+            if config.bias_rate:
+                balance = update_balance(balance, stats, config.bias_rate)
         return TrainState(optax.apply_updates(state.params, updates), balance, opt_state, state.step + 1), metrics
 
     return train_step
@@ -166,8 +162,8 @@ def _micro_batches(x: Array, parts: int) -> Array:
     return x.reshape(parts, -1, *x.shape[1:])
 
 
-def _sum_over(function: Callable[[tuple[Array, ...]], ArrayTree], parts: tuple[Array, ...]) -> ArrayTree:
-    """Sum of `function(part)` over the leading axis of `parts`, holding one result and one running sum."""
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, [p[0] for p in parts]))
-    total, _ = jax.lax.scan(lambda acc, part: (jax.tree.map(jnp.add, acc, function(part)), None), zeros, parts)
+def _sum_over(function: Callable[[Array, Array], ArrayTree], parts: tuple[Array, ...]) -> ArrayTree:
+    """Sum of `function(*part)` over the leading axis of `parts`, holding one result and one running sum."""
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *(p[0] for p in parts)))
+    total, _ = jax.lax.scan(lambda acc, part: (jax.tree.map(jnp.add, acc, function(*part)), None), zeros, parts)
     return total
