@@ -1,14 +1,14 @@
 """What a population of topologies costs against plain forward passes, and what ask and tell add to a generation.
 
-    python -m experiments.bench_evolution                             # about 10 minutes on 2 cores
+    python -m experiments.bench_evolution                             # about 5 minutes on 2 cores
     python -m experiments.bench_evolution --quick                     # one minute, few sequences: shows that it runs
     python -m experiments.bench_evolution --out experiments/results/bench_evolution_cpu.json
 
-Evaluating P topologies of N sequences is one compiled call. Its baselines do without topologies: `P forwards` are P calls
-of a compiled forward pass of N sequences, `one forward` is a single one of P * N sequences; both compute logits and KL
-to the same reference. `main job` is the model of the main job, whose dense first layer no candidate changes; `all MoE`
-has routed layers only, so that nothing is shared unless `frozen_layers` says so. All weights are untrained. Calls run
-interleaved in one process (`timing.py`).
+Evaluating P topologies of N sequences is one compiled call. Its baselines do without topologies: `P forwards` are P
+calls of a compiled forward pass of N sequences, `one forward` is a single one of P * N sequences; both compute logits
+and KL to the same reference. `main job` is the model of the main job, whose dense first layer no candidate changes;
+`all MoE` has routed layers only, so that nothing is shared unless `frozen_layers` says so. All weights are untrained.
+Calls run interleaved in one process (`timing.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from rich.console import Console
 from rich.progress import Progress
@@ -98,7 +97,7 @@ def bench_evaluation(
     common = {"model": name, "weights": WEIGHTS, "layers": model.layers, "P": population, "N": num_sequences}
     common |= {"S": tokens.shape[1], "repeats": repeats}
     return [
-        {"what": "evaluate P topologies", **common, **figures[key], "baseline": baseline}
+        {"what": "evaluate P", **common, **figures[key], "baseline": baseline}
         | summarize(samples[key], samples[baseline])
         for key in figures
         for baseline in ("P forwards", "one forward")
@@ -146,9 +145,9 @@ def bench_ask_and_tell(population: int, num_sequences: int, generations: int, re
         figures["ask and tell"]["compile_cold_s_of_generation"] = figures["generation"]["compile_cold_s"]
         figures["ask and tell"]["compile_warm_s_of_generation"] = figures["generation"]["compile_warm_s"]
         rows.append(
-            {"what": f"ask and tell of {name}", "model": "main job", "weights": WEIGHTS, "layers": MAIN_JOB.layers}
+            {"what": f"ask, tell: {name}", "model": "main job", "weights": WEIGHTS, "layers": MAIN_JOB.layers}
             | {"P": population, "N": num_sequences, "S": tokens.shape[1], "generations": generations}
-            | {"genes": strategy.genome.size, "repeats": repeats, "micro_batch": fits, "baseline": "whole generation"}
+            | {"genes": strategy.genome.size, "repeats": repeats, "micro_batch": fits, "baseline": "generation"}
             | figures["ask and tell"]
             | summarize(samples["ask and tell"] / generations, samples["generation"] / generations)
         )
@@ -156,14 +155,15 @@ def bench_ask_and_tell(population: int, num_sequences: int, generations: int, re
 
 
 def print_table(rows: list[dict[str, Any]], console: Console) -> None:
-    table = Table(title="Evolution over untrained weights, float32: ratio to the baseline (below 1 is faster)")
-    for column in ("what", "model", "P", "N", "frozen", "at once", "ms", "ratio", "± IQR", "baseline", "temp MiB"):
-        table.add_column(column)
-    table.add_column("compile s, cold / warm")
+    table = Table(
+        title="Evolution over untrained weights: ratio to the baseline (below 1 is faster); compile cold/warm"
+    )
+    for column in ("what", "model", "P", "frozen", "batch", "ms", "ratio", "± IQR", "baseline", "MiB", "compile s"):
+        table.add_column(column, no_wrap=True)
     for row in rows:
-        cells = [row["what"], row["model"], row["P"], row["N"], row.get("frozen_layers", 0), row["micro_batch"]]
-        cells += [f"{row['ms']:.1f}", f"{row['ratio']:.3f}", f"{row['ratio_iqr']:.3f}", row["baseline"]]
-        cells += [f"{row['temp_mib']:.0f}", f"{row['compile_cold_s']:.1f} / {row['compile_warm_s']:.1f}"]
+        cells = [row["what"], row["model"], row["P"], row.get("frozen_layers", 0), row["micro_batch"]]
+        cells += [f"{row['ms']:.3g}", f"{row['ratio']:.3f}", f"{row['ratio_iqr']:.3f}", row["baseline"]]
+        cells += [f"{row['temp_mib']:.0f}", f"{row['compile_cold_s']:.1f}/{row['compile_warm_s']:.1f}"]
         table.add_row(*map(str, cells))
     console.print(table)
 
@@ -173,9 +173,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="16 topologies of 2 sequences, 3 repeats")
     parser.add_argument("--out", type=Path, help="write the rows and the environment as JSON")
     arguments = parser.parse_args()
-    repeats = 3 if arguments.quick else 9
+    repeats = 3 if arguments.quick else 5
     num_sequences = 2 if arguments.quick else len(CONFIG.data.domains) * CONFIG.evolution.search_per_domain
-    limits = sorted({64, CONFIG.evolution.memory_limit_mb})
+    limits = sorted({128, CONFIG.evolution.memory_limit_mb})
     console, rows = Console(), []
     with Progress(console=console) as progress:
         task = progress.add_task("evolution", total=len(MODELS) + 1)

@@ -44,8 +44,8 @@ def main(command: Command) -> None:
         if not run.is_finished:
             with progress_display() as progress:
                 run.write_results(compute_results(Lab(run, progress)))
-        report = write_report(run.path)
         run.finish()
+        report = write_report(run.path)
         print_table(console, read_json(run.path / "results.json"))
         console.print(f"report: {report}", soft_wrap=True)
 
@@ -74,7 +74,7 @@ def compute_results(lab: Lab) -> dict[str, Any]:
         "title": "Evolving the routing topology of a byte-level mixture of experts",
         "summary": summarise(compared, model_bits, baseline),
         "headline": {"test bits/byte": model_bits["test"]["all"], "evolved": best["test_bpb"][evolved_seed]},
-        "data": describe_splits(lab.splits),
+        "data": describe_data(lab),
         "model": describe_model(lab, state_of),
         "ngram": {"order": 5, "bits_per_byte": baseline},
         "model_bits_per_byte": model_bits,
@@ -99,6 +99,24 @@ def heal_row(lab: Lab, role: str, name: str, state: TrainState, topology: Topolo
         "one_shot_interval": before["interval"],
         "healed_bpb": after["all"],
         "healed_interval": after["interval"],
+    }
+
+
+def describe_data(lab: Lab) -> dict[str, Any]:
+    """Bytes and documents by split, origin and digests, as the report reads them."""
+    described = describe_splits(lab.splits)
+    domains = described["domains"]
+    return {
+        "description": [
+            "Documents were split before anything else; a long line that occurs in two documents stays in one only.",
+            f"The domain python is read from the standard library of Python {described['python']}.",
+        ],
+        **{
+            field: {split: {name: domain[field][split] for name, domain in domains.items()} for split in lab.splits}
+            for field in ("bytes", "documents")
+        },
+        "sources": [{"domain": name, "licence": domain["licence"] or "your own"} for name, domain in domains.items()],
+        "digests": {name: domain["sha256"] for name, domain in domains.items()},
     }
 
 

@@ -69,7 +69,9 @@ class Lab:
 
     @contextmanager
     def bar(self, title: str, total: int, done: int = 0) -> Iterator["Bar"]:
-        """A progress bar for one stage."""
+        """A progress bar for one stage; a plain line where there is no terminal to draw it on."""
+        if not self.progress.console.is_terminal:
+            self.progress.console.print(f"{title}: {done} of {total} done")
         yield Bar(self.progress, self.progress.add_task(title, total=total, completed=done, note=""))
 
     @contextmanager
@@ -121,11 +123,15 @@ def train_model(lab: Lab) -> TrainState:
     """Trains the model, or what is left of it, with a checkpoint and a held-out loss at every mark."""
     total, every = lab.training.steps, lab.training.checkpoint_every
     selection = lab.subset("selection", 8)
+    # The subset has as much of every domain; weighted like this it estimates the loss of the whole split.
+    whole = lab.packed["selection"]
+    domain_shares = np.bincount(whole.domain, whole.mask[:, 1:].sum(1)) / whole.mask[:, 1:].sum()
     evaluation = MetricsWriter(lab.run.path, "evaluate")
 
     def on_save(step: int, state: TrainState) -> None:
         nll, targets = lab.evaluate(model_state(state), selection.tokens, selection.mask, lab.open_topology)
-        evaluation.append(step, {"bits_per_byte": nll.sum() / targets.sum() / LOG2})
+        by_domain = np.bincount(selection.domain, nll) / np.bincount(selection.domain, targets)
+        evaluation.append(step, {"bits_per_byte": by_domain @ domain_shares / LOG2})
         evaluation.flush()
 
     with lab.timed("train"):
@@ -151,7 +157,8 @@ def _continue_training(
 ) -> TrainState:
     """Trains until step `steps`, from the newest checkpoint of the stage or from `initial`."""
     writer = MetricsWriter(lab.run.path, stage)
-    with CheckpointStore(lab.run.subfolder("checkpoints", *stage.split("/"))) as store:
+    # Written before `save` returns, since `status.json` then names it as the last good checkpoint.
+    with CheckpointStore(lab.run.subfolder("checkpoints", *stage.split("/")), is_async=False) as store:
         last = store.latest_step()
         state = jax.tree.map(np.array, initial) if last is None else store.restore(last, initial)
         for metrics in filter(None, (writer, evaluation)):

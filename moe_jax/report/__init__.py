@@ -18,7 +18,7 @@ named on the page as missing, never filled in. Unknown keys are ignored. Numbers
 
     {"title": str, "summary": [sentence, ...], "headline": {name: number},     # headline: for `moe-jax runs` only
      "data": {"description": [sentence, ...],        # how it was split and cleaned
-              "bytes": {split: {domain: int}}, "documents": {split: {domain: int}}, "digests": {split: str},
+              "bytes": {split: {domain: int}}, "documents": {split: {domain: int}}, "digests": {name: str},
               "sources": [{"domain": str, "title": str, "origin": str, "licence": str}]},
      "model": {any name: number or string},     # parameters_total, parameters_active, num_layers, num_experts, ...
      "ngram": {"order": 5, "bits_per_byte": {"all": float, domain: float}},

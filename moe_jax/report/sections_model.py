@@ -36,11 +36,11 @@ def data_section(run: RunContents) -> Section:
     markup += _by_split(data.get("bytes", {}), "Bytes of text by domain and split.")
     markup += _by_split(data.get("documents", {}), "Documents.")
     if sources := data.get("sources"):
-        columns = ["domain", "title", "origin", "licence"]
+        columns = [c for c in ("domain", "title", "origin", "licence") if any(c in source for source in sources)]
         rows = [[source.get(column) for column in columns] for source in sources]
         markup += table(columns, rows, caption="Where the text comes from.", words=columns)
     if digests := data.get("digests"):
-        markup += folded("Digests of the splits", settings(digests))
+        markup += folded("Digests (SHA-256)", settings(digests))
     return Section("Data", markup)
 
 

@@ -9,6 +9,7 @@ import math
 
 import jax.numpy as jnp
 
+from moe_jax.ops.expert_order import rank_in_expert
 from moe_jax.types import Array
 
 
@@ -39,7 +40,6 @@ def drop_over_capacity(expert_ids: Array, num_experts: int, capacity: int) -> Ar
     """
     num_tokens, num_choices = expert_ids.shape
     by_choice = expert_ids.T.reshape(-1)  # (T, K) -> (K*T,): first choices of all tokens come first
-    is_expert = by_choice[:, None] == jnp.arange(num_experts)[None, :]
-    rank = jnp.sum(jnp.cumsum(is_expert, axis=0, dtype=jnp.int32) * is_expert, axis=1)  # 1 for an expert's first row
-    kept = jnp.where(rank <= capacity, by_choice, num_experts)
+    rank, _ = rank_in_expert(by_choice, num_experts)
+    kept = jnp.where(rank < capacity, by_choice, num_experts)
     return kept.reshape(num_choices, num_tokens).T

@@ -9,7 +9,7 @@ from moe_jax.runs.files import read_json
 
 
 class RunError(RuntimeError):
-    """A run folder that cannot be used as asked; the message is one line and says what to do."""
+    """A run that cannot start or go on; the message is one line and says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
+from moe_jax.runs import RunError
 from moe_jax.training.step import TrainState, TrainStep
 from moe_jax.types import Topology
 
@@ -44,7 +45,7 @@ class TrainingConfig:
                 raise ValueError(f"training.{name} must be at least 1, got {getattr(self, name)}")
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """A loss or a fitness became NaN or infinite; the message names step, cause and the last good checkpoint."""
 
 
