@@ -62,13 +62,13 @@ def get_config() -> ConfigDict:
             "seeds": 3,
             "kept_fraction": 0.5,
             "frozen_layers": 0,
-            "edits": 2.0,
+            "edits": 1.0,
             "search_per_domain": 2,
-            "selection_per_domain": 8,
-            "front_per_domain": 8,
+            "selection_per_domain": 6,
+            "front_per_domain": 6,
             "reference_kl": 1.0,
             "reference_load": 4.0,
-            "memory_limit_mb": 512,
+            "memory_limit_mb": 128,
         }
     )
     return config

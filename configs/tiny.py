@@ -17,13 +17,14 @@ def get_config() -> ConfigDict:
         {"width": 32, "num_heads": 2, "num_kv_heads": 1, "dense_hidden": 32, "num_experts": 6, "expert_hidden": 8}
     )
     config.training.update({"steps": 30, "checkpoint_every": 10, "heal_steps": 5})
+    # The splits' samples have one size, so that the objectives are compiled once.
     config.evolution.update(
         {
             "population": 8,
-            "generations": 4,
+            "generations": 2,
             "chunk": 2,
             "seeds": 2,
-            "search_per_domain": 1,
+            "search_per_domain": 2,
             "selection_per_domain": 2,
             "front_per_domain": 2,
         }

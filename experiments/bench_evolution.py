@@ -1,7 +1,7 @@
 """What a population of topologies costs against plain forward passes, and what ask and tell add to a generation.
 
-    python -m experiments.bench_evolution                             # about 5 minutes on 2 cores
-    python -m experiments.bench_evolution --quick                     # one minute, few sequences: shows that it runs
+    python -m experiments.bench_evolution                             # 13 minutes on 2 cores shared with other work
+    python -m experiments.bench_evolution --quick                     # two minutes, main job only: shows that it runs
     python -m experiments.bench_evolution --out experiments/results/bench_evolution_cpu.json
 
 Evaluating P topologies of N sequences is one compiled call. Its baselines do without topologies: `P forwards` are P
@@ -32,7 +32,7 @@ from moe_jax.evolution import NSGA2, DiscreteGA, advance_search, combine, mask_g
 from moe_jax.evolution.population import PopulationData, PopulationEvaluator, candidates_that_fit
 from moe_jax.losses import kl_divergence, masked_mean
 from moe_jax.models.decoder import Decoder, DecoderConfig
-from moe_jax.runs.environment import describe_environment
+from moe_jax.runs.environment import describe_environment, enable_compilation_cache
 from moe_jax.types import Array
 
 CONFIG = get_config()
@@ -41,17 +41,14 @@ MODELS = {"main job": MAIN_JOB, "all MoE": dataclasses.replace(MAIN_JOB, layers=
 WEIGHTS = "untrained"
 
 
-def kept_half(model: DecoderConfig, frozen_layers: int, micro_batch: int) -> PopulationEvaluator:
-    """Evaluates masks that keep half of the experts of the layers that are not frozen; untrained weights."""
+def kept_half(
+    graphdef: nnx.GraphDef, model: DecoderConfig, frozen_layers: int, micro_batch: int
+) -> PopulationEvaluator:
+    """Evaluates masks that keep half of the experts of the layers that are not frozen."""
     num_layers = model.num_moe_layers - frozen_layers
     total = num_layers * model.num_experts // 2
     genome = mask_genome(num_layers, model.num_experts, total, model.num_choices, model.num_choices)
-    graphdef = nnx.graphdef(Decoder(model, key=jax.random.key(0)))
     return PopulationEvaluator(graphdef, model, genome, micro_batch, frozen_layers)
-
-
-def untrained(model: DecoderConfig) -> nnx.State:
-    return nnx.state(Decoder(model, key=jax.random.key(0)))
 
 
 def text_of(num_sequences: int) -> tuple[Array, Array]:
@@ -74,9 +71,9 @@ def bench_evaluation(
     name: str, model: DecoderConfig, population: int, num_sequences: int, memory_limits_mb: list[int], repeats: int
 ) -> list[dict[str, Any]]:
     """One row for each number of frozen layers, memory limit and baseline."""
-    state, (tokens, mask) = untrained(model), text_of(num_sequences)
-    whole = kept_half(model, 0, 1)
-    forward, reference = plain_forward(whole.graphdef), whole.prepare(state, tokens, mask).reference
+    (graphdef, state), (tokens, mask) = nnx.split(Decoder(model, key=jax.random.key(0))), text_of(num_sequences)
+    forward = plain_forward(graphdef)
+    reference = kept_half(graphdef, model, 0, 1).prepare(state, tokens, mask).reference
     calls: dict[str, Call] = {}
     run_one, _ = compile_cold_and_warm(forward, state, tokens, mask, reference)
     calls["P forwards"] = lambda: [run_one() for _ in range(population)]
@@ -86,7 +83,7 @@ def bench_evaluation(
     for memory_limit_mb in memory_limits_mb:
         fits = candidates_that_fit(model, *tokens.shape, memory_limit_mb * 2**20)
         for frozen_layers in range(model.num_moe_layers):
-            evaluator = kept_half(model, frozen_layers, fits)
+            evaluator = kept_half(graphdef, model, frozen_layers, fits)
             genomes = jax.vmap(evaluator.genome.random)(jax.random.split(jax.random.key(2), population))
             data = evaluator.prepare(state, tokens, mask)
             key = f"{frozen_layers} frozen, {memory_limit_mb} MiB"
@@ -118,7 +115,8 @@ def bench_ask_and_tell(population: int, num_sequences: int, generations: int, re
     """Per strategy, a scan of generations with a trivial evaluation against the same one with the real evaluation."""
     tokens, mask = text_of(num_sequences)
     fits = candidates_that_fit(MAIN_JOB, *tokens.shape, CONFIG.evolution.memory_limit_mb * 2**20)
-    masks = kept_half(MAIN_JOB, 0, fits)
+    graphdef, state = nnx.split(Decoder(MAIN_JOB, key=jax.random.key(0)))
+    masks = kept_half(graphdef, MAIN_JOB, 0, fits)
     num_layers, num_experts, num_choices = MAIN_JOB.num_moe_layers, MAIN_JOB.num_experts, MAIN_JOB.num_choices
     sizes = (num_layers * num_choices, num_layers * num_experts)
     front = combine(
@@ -126,7 +124,7 @@ def bench_ask_and_tell(population: int, num_sequences: int, generations: int, re
         top_k_genome(num_layers, num_experts, num_choices),
     )
     fronts = dataclasses.replace(masks, genome=front)
-    data = masks.prepare(untrained(MAIN_JOB), tokens, mask)
+    data = masks.prepare(state, tokens, mask)
     rows = []
     for name, strategy, real, trivial in (
         ("DiscreteGA", DiscreteGA(population, masks.genome), masks.divergence, one_number),
@@ -170,16 +168,18 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="16 topologies of 2 sequences, 3 repeats")
+    parser.add_argument("--quick", action="store_true", help="main job only: 16 topologies of 2 sequences, 3 repeats")
     parser.add_argument("--out", type=Path, help="write the rows and the environment as JSON")
     arguments = parser.parse_args()
     repeats = 3 if arguments.quick else 5
     num_sequences = 2 if arguments.quick else len(CONFIG.data.domains) * CONFIG.evolution.search_per_domain
-    limits = sorted({128, CONFIG.evolution.memory_limit_mb})
+    limits = [128] if arguments.quick else sorted({128, CONFIG.evolution.memory_limit_mb})
+    models = {"main job": MAIN_JOB} if arguments.quick else MODELS
+    enable_compilation_cache()  # for what is not measured: every cold compilation clears the caches in memory
     console, rows = Console(), []
     with Progress(console=console) as progress:
-        task = progress.add_task("evolution", total=len(MODELS) + 1)
-        for name, model in MODELS.items():
+        task = progress.add_task("evolution", total=len(models) + 1)
+        for name, model in models.items():
             progress.update(task, description=f"evaluation, {name}")
             rows += bench_evaluation(name, model, 16 if arguments.quick else 64, num_sequences, limits, repeats)
             progress.advance(task)

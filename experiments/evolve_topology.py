@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -65,8 +66,8 @@ def compute_results(lab: Lab) -> dict[str, Any]:
         "baseline": (rival, search.topology(found[rival][rival_seed])),
     }
     write_topologies(lab, search, found)
-    test, state_of = lab.packed["test"], model_state(state)
-    losses = lab.evaluate(state_of, test.tokens, test.mask, lab.open_topology)
+    test, state_of = lab.test, model_state(state)
+    losses = lab.evaluate(state_of, test, lab.open_topology)
     model_bits = {"test": bits_per_byte(test, *losses)}
     healed = [heal_row(lab, role, name, state, topology) for role, (name, topology) in chosen.items()]
     best = next(method for method in compared["methods"] if method["name"] == evolved)
@@ -87,11 +88,9 @@ def compute_results(lab: Lab) -> dict[str, Any]:
 
 def heal_row(lab: Lab, role: str, name: str, state: TrainState, topology: Topology) -> dict[str, Any]:
     """One-shot and healed loss of a topology on the test split."""
-    test = lab.packed["test"]
+    test = lab.test
     trained = heal(lab, role, state, topology)
-    before, after = (
-        bits_per_byte(test, *lab.evaluate(model_state(s), test.tokens, test.mask, topology)) for s in (state, trained)
-    )
+    before, after = (bits_per_byte(test, *lab.evaluate(model_state(s), test, topology)) for s in (state, trained))
     return {
         "name": name,
         "steps": lab.training.heal_steps,
@@ -146,8 +145,8 @@ def summarise(compared: dict[str, Any], model_bits: dict[str, Any], baseline: di
     words = {"better": "better than", "tie": "a tie with", "worse": "worse than", "unknown": "not comparable with"}
     verdicts = "; ".join(f"{words[kind]} {', '.join(names)}" for kind, names in against.items())
     return [
-        f"The model needs {model_bits['test']['all']:.3f} bits per byte on the test split; a byte 5-gram trained on the "
-        f"same text needs {baseline['all']:.3f}.",
+        f"The model needs {model_bits['test']['all']:.3f} bits per byte on the test split; a byte 5-gram trained on "
+        f"the same text needs {baseline['all']:.3f}.",
         f"With {budget['experts_kept']} of {budget['experts']} experts kept, {evolved['name']} loses "
         f"{evolved['delta_vs_full']['estimate']:.3f} bits per byte against the untouched model. "
         f"On the test split it is {verdicts}.",
@@ -169,21 +168,17 @@ def write_topologies(lab: Lab, search: TopologySearch, found: dict[str, list[Fou
 
 def print_table(console: Console, results: dict[str, Any]) -> None:
     """The final table."""
-    search = results["search"]
-    table = Table(title="Test split, lower is better", title_justify="left")
-    for column in ("method", "evaluations", "KL on selection", "bits/byte", "95 % interval", "vs untouched"):
-        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
-    for method in search["methods"]:
-        low, high = method["test_bpb_interval"]
-        delta = method.get("delta_vs_full")
-        table.add_row(
-            method["name"],
-            str(method.get("evaluations", "")),
-            f"{np.mean(method['selection_kl']):.4f}" if "selection_kl" in method else "",
-            f"{np.mean(method['test_bpb']):.4f}",
-            f"{low:.3f} to {high:.3f}",
-            f"{delta['estimate']:+.4f}" if delta else "",
-        )
+    table = Table(title="Test split, bits per byte: lower is better", title_justify="left", box=SIMPLE)
+    table.add_column("method", no_wrap=True)
+    for column in ("evals", "selection KL", "bits/byte", "above untouched, 95 % interval"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for method in results["search"]["methods"]:
+        row = [method["name"], "", "", f"{np.mean(method['test_bpb']):.3f}", ""]
+        if delta := method.get("delta_vs_full"):
+            low, high = delta["interval"]
+            row[1], row[2] = str(method["evaluations"]), f"{np.mean(method['selection_kl']):.3f}"
+            row[4] = f"{delta['estimate']:+.3f} [{low:.3f}, {high:.3f}]"
+        table.add_row(*row)
     console.print(table)
     for sentence in results["summary"]:
         console.print(sentence)

@@ -23,8 +23,10 @@ from moe_jax.analysis import RoutingTrace, document_mean, save_trace, summarise_
 from moe_jax.checkpoints import CheckpointStore
 from moe_jax.data import (
     DataConfig,
+    Document,
     Sequences,
     balanced_subset,
+    domain_names,
     load_documents,
     pack,
     split_documents,
@@ -32,7 +34,7 @@ from moe_jax.data import (
 )
 from moe_jax.models.decoder import Decoder, DecoderConfig
 from moe_jax.routing import full_topology
-from moe_jax.runs import MetricsWriter, RunFolder, read_json, section, write_json
+from moe_jax.runs import ConfigError, MetricsWriter, RunFolder, read_json, section, write_json
 from moe_jax.training.evaluation import make_evaluator
 from moe_jax.training.loop import TrainingConfig, train
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -58,8 +60,10 @@ class Lab:
         self.model = _section(DecoderConfig, config, "model")
         self.training = _section(TrainingConfig, config, "training")
         self.key = jax.random.key(config.seed)
-        self.splits = split_documents(load_documents(self.data), self.data)
-        self.packed = {name: pack(documents, self.data.sequence_length) for name, documents in self.splits.items()}
+        self.splits = _read_text(self.data)
+        length = self.data.sequence_length
+        self.packed = {name: pack(documents, length) for name, documents in self.splits.items()}
+        self.test = pack(self.splits["test"], length, context=length // 2)
         optimizer = make_optimizer(_section(OptimizerConfig, config, "optimizer"), self.training.steps)
         self.graphdef, self.initial = init_state(Decoder(self.model, key=jax.random.fold_in(self.key, 0)), optimizer)
         self.step = make_train_step(self.graphdef, optimizer, _section(LossConfig, config, "loss"))
@@ -107,6 +111,21 @@ class Bar:
         self.progress.update(self.task, completed=done, note=note)
 
 
+def _read_text(config: DataConfig) -> dict[str, tuple[Document, ...]]:
+    """The splits; what is wrong with the text or its settings is the user's to mend and becomes a ConfigError."""
+    try:
+        splits = split_documents(load_documents(config), config)
+    except ValueError as error:
+        raise ConfigError(f"config.data: {error}") from None
+    names = domain_names(splits["train"])
+    if config.domain_weights and len(config.domain_weights) != len(names):
+        raise ConfigError(
+            f"config.data.domain_weights has {len(config.domain_weights)} numbers for {len(names)} domains "
+            f"({', '.join(names)}); give one each, or none (--config.data.domain_weights=) for equal shares"
+        )
+    return splits
+
+
 def progress_display() -> Progress:
     """The bars of an experiment."""
     return Progress(
@@ -129,7 +148,7 @@ def train_model(lab: Lab) -> TrainState:
     evaluation = MetricsWriter(lab.run.path, "evaluate")
 
     def on_save(step: int, state: TrainState) -> None:
-        nll, targets = lab.evaluate(model_state(state), selection.tokens, selection.mask, lab.open_topology)
+        nll, targets = lab.evaluate(model_state(state), selection, lab.open_topology)
         by_domain = np.bincount(selection.domain, nll) / np.bincount(selection.domain, targets)
         evaluation.append(step, {"bits_per_byte": by_domain @ domain_shares / LOG2})
         evaluation.flush()

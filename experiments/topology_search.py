@@ -176,21 +176,21 @@ def compare_methods(search: TopologySearch, found: Mapping[str, list[Found]]) ->
     """Chooses on the selection split, measures on the test split.
 
     Returns:
-      `results["search"]` of the report's schema, and beside it `chosen`: name and seed of the evolved topology and of the
-      baseline with the lowest KL on the selection split.
+      `results["search"]` of the report's schema, and beside it `chosen`: name and seed of the evolved topology and of
+      the baseline with the lowest KL on the selection split.
     """
-    lab, config, test = search.lab, search.config, search.lab.packed["test"]
+    lab, config, test = search.lab, search.config, search.lab.test
     selection = lab.subset("selection", config.selection_per_domain)
     calibration = lab.subset("search", config.search_per_domain)
     single = {name: runs for name, runs in found.items() if name not in FRONTS}
-    nll_full, targets = lab.evaluate(search.model, test.tokens, test.mask, lab.open_topology)
+    nll_full, targets = lab.evaluate(search.model, test, lab.open_topology)
     full = bits_per_byte(test, nll_full, targets)
     methods, losses = [], {}
     with lab.timed("test"), lab.bar("test split", sum(map(len, single.values()))) as bar:
         for name, runs in single.items():
             nlls = []
             for run in runs:
-                nlls.append(lab.evaluate(search.model, test.tokens, test.mask, search.topology(run))[0])
+                nlls.append(lab.evaluate(search.model, test, search.topology(run))[0])
                 bar.advance()
             losses[name] = np.mean(nlls, axis=0)
             stacked = LayerTopology(
@@ -223,8 +223,8 @@ def compare_methods(search: TopologySearch, found: Mapping[str, list[Found]]) ->
     reference = {"name": FULL, "kind": "reference", "test_bpb": [full["all"]], "test_bpb_interval": full["interval"]}
     return {
         "description": [
-            "Every population search starts with the same four one-shot masks beside random ones, repairs the same way, "
-            f"and spends {search.study.evaluations} evaluations per seed on the same {len(calibration)} sequences.",
+            "Every population search starts with the same four one-shot masks beside random ones, repairs the same "
+            f"way, and spends {search.study.evaluations} evaluations a seed on the same {len(calibration)} sequences.",
             "Local search starts each chain from REAP's mask. Greedy removal counts every evaluation and stops at the "
             "same number; removals left over then follow its last complete ranking.",
         ],

@@ -296,6 +296,25 @@ def test_pack_by_hand():
     assert (packed.tokens.dtype, packed.mask.dtype, packed.domain.dtype) == (np.uint8, np.bool_, np.int32)
 
 
+def test_pack_with_context_by_hand():
+    # S = 4, context 2: windows two bytes apart; after the first one only the last two targets of a window are new.
+    packed = data.pack([Document(b"abcdefgh", "p", "0")], 4, context=2)
+    assert [row.tobytes() for row in packed.tokens] == [b"abcde", b"cdefg", b"efgh\0"]
+    np.testing.assert_array_equal(packed.is_scored, [[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 1, 0]])
+    with pytest.raises(ValueError, match=r"context=4 must be in \[0, sequence_length=4\)"):
+        data.pack([Document(b"abcdefgh", "p", "0")], 4, context=4)
+
+
+@pytest.mark.parametrize("context", [0, 1, 5])
+@pytest.mark.parametrize("size", [2, 7, 8, 9, 40])
+def test_pack_scores_every_byte_but_the_first_exactly_once(context, size):
+    document = make_documents([size])[0]
+    packed = data.pack([document], 7, context=context)
+    starts = np.arange(len(packed))[:, None] * (7 - context)
+    positions = (starts + np.arange(1, 8)[None, :])[packed.is_scored]
+    np.testing.assert_array_equal(np.sort(positions), np.arange(1, size))
+
+
 @pytest.mark.parametrize("sequence_length", [1, 7, 128])
 def test_pack_predicts_every_byte_but_the_first_exactly_once(sequence_length):
     documents = make_documents([1, 2, 3, 128, 129, 130, 300])

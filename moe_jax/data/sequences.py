@@ -17,6 +17,7 @@ class Sequences:
     Attributes:
       tokens: `[N, S+1]` uint8; 0 where masked.
       mask: `[N, S+1]` bool; False is padding behind the end of a document.
+      is_scored: `[N, S]` bool; which targets count, so that every byte counts once though windows may overlap.
       domain: `[N]` int32 index into `domain_names`.
       document: `[N]` int32 index into the packed documents.
       domain_names: names of the domains.
@@ -24,6 +25,7 @@ class Sequences:
 
     tokens: np.ndarray
     mask: np.ndarray
+    is_scored: np.ndarray
     domain: np.ndarray
     document: np.ndarray
     domain_names: tuple[str, ...]
@@ -33,33 +35,40 @@ class Sequences:
         return len(self.tokens)
 
 
-def pack(documents: Sequence[Document], sequence_length: int) -> Sequences:
-    """Cuts documents into windows that overlap by one byte: the last target of one is the first input of the next.
+def pack(documents: Sequence[Document], sequence_length: int, context: int = 0) -> Sequences:
+    """Cuts documents into windows in which every byte but a document's first is a scored target exactly once.
 
-    A sequence never crosses documents. A document's first byte is input only, since nothing precedes it. The first byte
-    of a window is seen without what came before it, so a model has between 1 and S bytes of context for a prediction.
+    Windows start `S - context` bytes apart, and each but a document's first one scores only the targets that have more
+    than `context` bytes before them in the window. Without context a window's first prediction rests on one byte; with
+    `context = S / 2` every prediction rests on at least half a window, for twice the computation.
 
     Args:
       documents: a split.
       sequence_length: S.
+      context: bytes of a window that are only read, in `[0, S)`.
 
     Returns:
-      All windows, in the order of the documents.
+      All windows, in the order of the documents; none crosses documents.
 
     Raises:
-      ValueError: no document has two bytes.
+      ValueError: no document has two bytes, or `context` leaves nothing to score.
     """
+    if not 0 <= context < sequence_length:
+        raise ValueError(f"context={context} must be in [0, sequence_length={sequence_length})")
+    stride = sequence_length - context
     names = domain_names(documents)
-    tokens, masks, domains, owners = [], [], [], []
+    tokens, masks, scored, domains, owners = [], [], [], [], []
     for index, document in enumerate(documents):
-        num_windows = -(-(len(document.text) - 1) // sequence_length)
-        if num_windows < 1:
+        if len(document.text) < 2:
             continue
-        padded = np.zeros(num_windows * sequence_length + 1, np.uint8)
+        num_windows = 1 + max(0, -(-(len(document.text) - 1 - sequence_length) // stride))
+        padded = np.zeros((num_windows - 1) * stride + sequence_length + 1, np.uint8)
         padded[: len(document.text)] = np.frombuffer(document.text, np.uint8)
         is_text = np.arange(len(padded)) < len(document.text)
-        tokens.append(sliding_window_view(padded, sequence_length + 1)[::sequence_length])
-        masks.append(sliding_window_view(is_text, sequence_length + 1)[::sequence_length])
+        tokens.append(sliding_window_view(padded, sequence_length + 1)[::stride])
+        masks.append(sliding_window_view(is_text, sequence_length + 1)[::stride])
+        is_new = (np.arange(sequence_length)[None, :] >= context) | (np.arange(num_windows)[:, None] == 0)
+        scored.append(masks[-1][:, 1:] & is_new)
         domains += [names.index(document.domain)] * num_windows
         owners += [index] * num_windows
     if not tokens:
@@ -67,7 +76,12 @@ def pack(documents: Sequence[Document], sequence_length: int) -> Sequences:
             f"none of the {len(documents)} documents has two bytes, the least that has something to predict"
         )
     return Sequences(
-        np.concatenate(tokens), np.concatenate(masks), np.array(domains, np.int32), np.array(owners, np.int32), names
+        np.concatenate(tokens),
+        np.concatenate(masks),
+        np.concatenate(scored),
+        np.array(domains, np.int32),
+        np.array(owners, np.int32),
+        names,
     )
 
 
@@ -97,6 +111,7 @@ def balanced_subset(sequences: Sequences, per_domain: int, key: jax.Array) -> Se
         sequences,
         tokens=sequences.tokens[rows],
         mask=sequences.mask[rows],
+        is_scored=sequences.is_scored[rows],
         domain=sequences.domain[rows],
         document=sequences.document[rows],
     )

@@ -58,7 +58,7 @@ class EvolutionConfig:
     seeds: int = 3
     kept_fraction: float = 0.5
     frozen_layers: int = 0
-    edits: float = 2.0
+    edits: float = 1.0
     search_per_domain: int = 2
     selection_per_domain: int = 8
     front_per_domain: int = 8

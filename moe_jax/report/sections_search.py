@@ -43,7 +43,9 @@ def headline_section(run: RunContents) -> Section:
     markup += facts(cards)
     evolved = [method for method in results.get("search", {}).get("methods", []) if method.get("kind") == "evolved"]
     outcomes = [_outcome(method["name"], c) for method in evolved for c in method.get("comparisons", [])]
-    markup += bullets([*results.get("summary", []), *outcomes])
+    markup += bullets(results.get("summary", []))
+    if outcomes:
+        markup += folded("Every paired comparison in words", bullets(outcomes))
     return Section("What came out", markup or missing("results (results.json)"))
 
 

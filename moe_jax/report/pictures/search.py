@@ -10,7 +10,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
 from moe_jax.report.pictures.canvas import (
@@ -114,6 +114,8 @@ def plot_front(
                     color=MUTED,
                 )
             axes.set_xlabel(objectives[column])
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.grid(color=GRID, lw=0.6)
             axes.set_axisbelow(True)
             axes.margins(0.09)
