@@ -223,6 +223,21 @@ def test_twenty_kills_leave_the_bits_of_an_uninterrupted_run(tmp_path):
             assert_same_bits(trained_state(workdir, stage), trained_state(reference, stage))
 
 
+@pytest.mark.parametrize("is_abstract", [False, True])
+def test_a_restored_state_runs_the_program_that_the_first_start_compiled(tmp_path, is_abstract):
+    tree = {"w": np.float32([1, 2]) + jax.numpy.zeros(2), "key": jax.random.key(0)}
+    like = jax.eval_shape(lambda: tree) if is_abstract else tree
+    with CheckpointStore(tmp_path) as store:
+        store.save(1, tree)
+        store.wait()
+        restored = store.restore(1, like)
+
+    def draw(tree):
+        return tree["w"] * jax.random.normal(tree["key"])
+
+    assert jax.jit(draw).lower(restored).as_text() == jax.jit(draw).lower(tree).as_text()
+
+
 class Killed(Exception):
     """Stands for the end of the process: nothing of the loop survives but its files."""
 

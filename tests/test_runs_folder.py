@@ -181,3 +181,11 @@ while True:
     assert len(seen) > 10, "the kills came before the first write; the test has shown nothing"
     remove_partial_files(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_a_relative_workdir_records_its_checkpoints(tmp_path, monkeypatch):
+    """The default workdir is relative, and checkpoint stores give absolute paths."""
+    monkeypatch.chdir(tmp_path)
+    with RunFolder(Path("runs/mine"), ConfigDict({"seed": 0})) as run:
+        run.report_progress("train", 3, (tmp_path / "runs/mine/checkpoints/train/3"))
+        assert run.progress.last_checkpoint == "checkpoints/train/3"

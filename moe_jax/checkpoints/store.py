@@ -222,6 +222,9 @@ def _as_leaf(data: Any, like: Any, key_kind: str | None) -> Any:
     """Turns a restored plain array into the kind of leaf that `like` is."""
     if isinstance(like, np.ndarray | np.generic):
         return np.asarray(data)
+    if not getattr(like, "committed", getattr(like, "sharding", None) is not None):
+        # Arrays bound to a device are another program to jit: a restart would compile everything once more.
+        data = jax.numpy.asarray(np.asarray(data))
     return jax.numpy.asarray(data) if key_kind is None else jax.random.wrap_key_data(data, impl=key_kind)
 
 

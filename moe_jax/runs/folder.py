@@ -106,7 +106,7 @@ class RunFolder:
         """
         changes: dict[str, Any] = {"stage": stage, "step": step}
         if last_checkpoint is not None:
-            changes["last_checkpoint"] = str(last_checkpoint.relative_to(self.path))
+            changes["last_checkpoint"] = str(last_checkpoint.resolve().relative_to(self.path.resolve()))
         self._write_progress(**changes)
 
     def write_results(self, results: dict[str, Any]) -> None:
