@@ -48,12 +48,12 @@ def get_config() -> ConfigDict:
             "learning_rate": 4e-3,
             "warmup_steps": 50,
             "final_fraction": 0.1,
-            "weight_decay": 1.0,
+            "weight_decay": 0.7,
             "clip_norm": 1.0,
         }
     )
     config.loss = ConfigDict({"balance": 0.01, "z": 1e-3, "bias_rate": 0.0, "micro_batches": 1})
-    config.training = ConfigDict({"steps": 1000, "checkpoint_every": 100, "heal_steps": 40})
+    config.training = ConfigDict({"steps": 650, "checkpoint_every": 130, "heal_steps": 40})
     config.evolution = ConfigDict(
         {
             "population": 32,
@@ -64,8 +64,8 @@ def get_config() -> ConfigDict:
             "frozen_layers": 0,
             "edits": 1.0,
             "search_per_domain": 2,
-            "selection_per_domain": 6,
-            "front_per_domain": 6,
+            "selection_per_domain": 4,
+            "front_per_domain": 4,
             "reference_kl": 1.0,
             "reference_load": 4.0,
             "memory_limit_mb": 128,

@@ -170,7 +170,7 @@ def print_table(console: Console, results: dict[str, Any]) -> None:
     """The final table."""
     table = Table(title="Test split, bits per byte: lower is better", title_justify="left", box=SIMPLE)
     table.add_column("method", no_wrap=True)
-    for column in ("evals", "selection KL", "bits/byte", "above untouched, 95 % interval"):
+    for column in ("evals", "sel. KL", "bits/byte", "vs untouched [95 %]"):
         table.add_column(column, justify="right", no_wrap=True)
     for method in results["search"]["methods"]:
         row = [method["name"], "", "", f"{np.mean(method['test_bpb']):.3f}", ""]

@@ -63,7 +63,7 @@ class Lab:
         self.splits = _read_text(self.data)
         length = self.data.sequence_length
         self.packed = {name: pack(documents, length) for name, documents in self.splits.items()}
-        self.test = pack(self.splits["test"], length, context=length // 2)
+        self.test = pack(self.splits["test"], length, context=length // 4)
         optimizer = make_optimizer(_section(OptimizerConfig, config, "optimizer"), self.training.steps)
         self.graphdef, self.initial = init_state(Decoder(self.model, key=jax.random.fold_in(self.key, 0)), optimizer)
         self.step = make_train_step(self.graphdef, optimizer, _section(LossConfig, config, "loss"))
@@ -102,9 +102,9 @@ class Bar:
     progress: Progress
     task: TaskID
 
-    def advance(self) -> None:
-        """One more done."""
-        self.progress.advance(self.task)
+    def advance(self, count: int = 1) -> None:
+        """So many more done."""
+        self.progress.advance(self.task, count)
 
     def show(self, done: int | None = None, note: str = "") -> None:
         """Sets the count (None leaves it) and the note beside it."""

@@ -1,8 +1,10 @@
 """Stages of `evolve_topology` around the search: run every method, choose on one split, report on another."""
 
 import io
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -57,35 +59,38 @@ class TopologySearch:
         saliency = measure_saliency(lab.model_graphdef, self.model, tokens, mask)
         self.study: Study = make_study(lab.model_graphdef, lab.model, saliency, self.config, fits)
         self.data = self.study.mask.prepare(self.model, tokens, mask)
+        self.files = threading.Lock()
         self.compiled_objectives = jax.jit(self.study.front.objectives)
 
     def run(self) -> dict[str, list[Found]]:
-        """Runs every method with every seed; what an earlier process finished is read, what it began is continued."""
-        study, seeds, found = self.study, self.config.seeds, {}
-        total = len(study.one_shot) + 1 + 1 + (len(study.searches) - 1) * seeds
-        with self.lab.timed("search"), self.lab.bar("search", total) as bar:
+        """Runs every method with every seed; what an earlier process finished is read, what it began is continued.
 
-            def run_one(name: str, seed: int, compute: Callable[[], tuple[LayerTopology, int]]) -> Found:
-                bar.show(None, f"{name}, seed {seed}")
-                result = self._stored(name, seed, compute)
+        Two searches run at a time, since one spends much of its time compiling on a single core. They share nothing but
+        the run's files, which a lock guards, so the results do not depend on it.
+        """
+        study, seeds = self.study, self.config.seeds
+        tasks: dict[tuple[str, int], Callable[[], tuple[LayerTopology, int]]] = {
+            (name, 0): lambda t=topology: (_as_population(t), 1) for name, topology in study.one_shot.items()
+        }
+        tasks[GREEDY, 0] = self._greedy
+        for seed in range(seeds):  # first seeds first: they compile, the others find the programs
+            for name in study.searches:
+                if name != LOCAL or seed == 0:
+                    tasks[name, seed] = lambda name=name, seed=seed: self._population(name, seed)
+        with self.lab.timed("search"), self.lab.bar("search", len(tasks)) as bar, ThreadPoolExecutor(2) as pool:
+
+            def run_one(task: tuple[str, int]) -> Found:
+                bar.show(None, f"{task[0]}, seed {task[1]}")
+                result = self._stored(*task, tasks[task])
                 bar.advance()
                 return result
 
-            for name, topology in study.one_shot.items():
-                found[name] = [run_one(name, 0, lambda t=topology: (_as_population(t), 1))]
-            found[GREEDY] = [run_one(GREEDY, 0, self._greedy)]
-            for name in study.searches:
-                if name == LOCAL:
-                    chains = run_one(name, 0, lambda: self._population(LOCAL, 0))
-                    found[name] = [
-                        chains._replace(keep=chains.keep[i : i + 1], num_choices=chains.num_choices[i : i + 1])
-                        for i in range(seeds)
-                    ]
-                else:
-                    found[name] = [
-                        run_one(name, seed, lambda name=name, seed=seed: self._population(name, seed))
-                        for seed in range(seeds)
-                    ]
+            results = dict(zip(tasks, pool.map(run_one, tasks), strict=True))
+        chains = results[LOCAL, 0]
+        results |= {(LOCAL, i): _chain(chains, i) for i in range(seeds)}
+        found: dict[str, list[Found]] = {}
+        for (name, _), result in sorted(results.items(), key=lambda item: item[0][1]):
+            found.setdefault(name, []).append(result)
         return found
 
     def objectives(self, topologies: LayerTopology, sequences: Sequences) -> np.ndarray:
@@ -138,9 +143,10 @@ class TopologySearch:
             MetricsWriter(self.lab.run.path, search_stage(name, s))
             for s in (range(self.config.seeds) if is_local else [seed])
         ]
-        with CheckpointStore(
+        store = CheckpointStore(
             self.lab.run.subfolder("checkpoints", *search_stage(name, seed).split("/")), is_async=False
-        ) as store:
+        )
+        with self.files:
             last, state = store.latest_step(), None
             if last is not None:
                 like = start_search(strategy, strategy.default_params, evaluate, self.data, jax.random.key(seed))
@@ -148,7 +154,8 @@ class TopologySearch:
             for writer in writers:
                 writer.truncate_after(-1 if last is None else last)
 
-            def on_chunk(status: SearchStatus) -> None:
+        def on_chunk(status: SearchStatus) -> None:
+            with self.files:
                 for column, writer in enumerate(writers):
                     for row, generation in enumerate(status.history["generation"]):
                         best = np.atleast_1d(status.history["best_fitness"][row])
@@ -159,7 +166,8 @@ class TopologySearch:
                 store.save(status.generation, status.state)
                 self.lab.run.report_progress(search_stage(name, seed), status.generation, store.path(status.generation))
 
-            topologies, result = run_population_search(self.study, name, self.data, seed, state, on_chunk)
+        topologies, result = run_population_search(self.study, name, self.data, seed, state, on_chunk)
+        store.close()
         self._require_finite(name, seed, result)
         return topologies, result.evaluations // len(writers)
 
@@ -188,10 +196,8 @@ def compare_methods(search: TopologySearch, found: Mapping[str, list[Found]]) ->
     methods, losses = [], {}
     with lab.timed("test"), lab.bar("test split", sum(map(len, single.values()))) as bar:
         for name, runs in single.items():
-            nlls = []
-            for run in runs:
-                nlls.append(lab.evaluate(search.model, test, search.topology(run))[0])
-                bar.advance()
+            nlls = [lab.evaluate(search.model, test, search.topology(run))[0] for run in runs]
+            bar.advance(len(runs))
             losses[name] = np.mean(nlls, axis=0)
             stacked = LayerTopology(
                 np.concatenate([run.keep for run in runs]), np.concatenate([run.num_choices for run in runs])
@@ -298,6 +304,11 @@ def _compare(
 def _inputs(sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
     """`[N, S]` input tokens and their mask."""
     return sequences.tokens[:, :-1].astype(np.int32), sequences.mask[:, :-1]
+
+
+def _chain(found: Found, index: int) -> Found:
+    """One chain of a local search whose chains ran as one population."""
+    return found._replace(keep=found.keep[index : index + 1], num_choices=found.num_choices[index : index + 1])
 
 
 def _as_population(topology: LayerTopology) -> LayerTopology:

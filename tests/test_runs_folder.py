@@ -186,6 +186,6 @@ while True:
 def test_a_relative_workdir_records_its_checkpoints(tmp_path, monkeypatch):
     """The default workdir is relative, and checkpoint stores give absolute paths."""
     monkeypatch.chdir(tmp_path)
-    with RunFolder(Path("runs/mine"), ConfigDict({"seed": 0})) as run:
-        run.report_progress("train", 3, (tmp_path / "runs/mine/checkpoints/train/3"))
+    with RunFolder(pathlib.Path("runs/mine"), ConfigDict({"seed": 0})) as run:
+        run.report_progress("train", 3, tmp_path / "runs/mine/checkpoints/train/3")
         assert run.progress.last_checkpoint == "checkpoints/train/3"
