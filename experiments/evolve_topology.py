@@ -15,26 +15,20 @@ import io
 from typing import Any
 
 import numpy as np
-from flax import nnx
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from experiments.topology_model import (
-    Lab,
-    bits_per_byte,
-    heal,
-    model_state,
-    progress_display,
-    record_routing,
-    train_model,
-)
-from experiments.topology_search import FULL, Found, TopologySearch, compare_methods
-from moe_jax.data import describe_splits, ngram
+from experiments.topology_compare import UNTOUCHED, compare_methods
+from experiments.topology_model import Lab, heal, model_state, record_routing, train_model
+from experiments.topology_search import Found, TopologySearch
+from moe_jax.data import ngram
 from moe_jax.report import write_report
+from moe_jax.report.results import describe_data, describe_model, summarise_search
 from moe_jax.runs import Command, RunFolder, read_json, run_script, write_atomic
+from moe_jax.runs.bars import progress_display
+from moe_jax.training.evaluation import bits_per_byte
 from moe_jax.training.step import TrainState
-from moe_jax.trees import count_parameters
 from moe_jax.types import Topology
 
 
@@ -43,8 +37,8 @@ def main(command: Command) -> None:
     console = Console()
     with RunFolder(command.workdir, command.config, must_exist=command.resume) as run:
         if not run.is_finished:
-            with progress_display() as progress:
-                run.write_results(compute_results(Lab(run, progress)))
+            with progress_display() as display:
+                run.write_results(compute_results(Lab(run, display)))
         run.finish()
         report = write_report(run.path)
         print_table(console, read_json(run.path / "results.json"))
@@ -61,7 +55,7 @@ def compute_results(lab: Lab) -> dict[str, Any]:
     compared = compare_methods(search, found)
     (evolved, evolved_seed), (rival, rival_seed) = compared["chosen"]["evolved"], compared["chosen"]["baseline"]
     chosen = {
-        "untouched": (FULL, lab.open_topology),
+        "untouched": (UNTOUCHED, lab.open_topology),
         "evolved": (evolved, search.topology(found[evolved][evolved_seed])),
         "baseline": (rival, search.topology(found[rival][rival_seed])),
     }
@@ -73,10 +67,10 @@ def compute_results(lab: Lab) -> dict[str, Any]:
     best = next(method for method in compared["methods"] if method["name"] == evolved)
     return {
         "title": "Evolving the routing topology of a byte-level mixture of experts",
-        "summary": summarise(compared, model_bits, baseline),
+        "summary": summarise_search(compared, evolved, model_bits["test"], baseline),
         "headline": {"test bits/byte": model_bits["test"]["all"], "evolved": best["test_bpb"][evolved_seed]},
-        "data": describe_data(lab),
-        "model": describe_model(lab, state_of),
+        "data": describe_data(lab.splits),
+        "model": describe_model(lab.model, state_of) | describe_training(lab),
         "ngram": {"order": 5, "bits_per_byte": baseline},
         "model_bits_per_byte": model_bits,
         "routing": routing,
@@ -101,56 +95,10 @@ def heal_row(lab: Lab, role: str, name: str, state: TrainState, topology: Topolo
     }
 
 
-def describe_data(lab: Lab) -> dict[str, Any]:
-    """Bytes and documents by split, origin and digests, as the report reads them."""
-    described = describe_splits(lab.splits)
-    domains = described["domains"]
-    return {
-        "description": [
-            "Documents were split before anything else; a long line that occurs in two documents stays in one only.",
-            f"The domain python is read from the standard library of Python {described['python']}.",
-        ],
-        **{
-            field: {split: {name: domain[field][split] for name, domain in domains.items()} for split in lab.splits}
-            for field in ("bytes", "documents")
-        },
-        "sources": [{"domain": name, "licence": domain["licence"] or "your own"} for name, domain in domains.items()],
-        "digests": {name: domain["sha256"] for name, domain in domains.items()},
-    }
-
-
-def describe_model(lab: Lab, state: nnx.State) -> dict[str, Any]:
-    """Sizes of the model; a token's active parameters leave out the experts it does not use."""
-    total = count_parameters(nnx.filter_state(state, nnx.Param))
-    unused = lab.model.num_experts - lab.model.num_choices
-    per_expert = 3 * lab.model.width * lab.model.expert_hidden
-    return {
-        "parameters_total": total,
-        "parameters_active": total - lab.model.num_moe_layers * unused * per_expert,
-        "layers": " ".join(lab.model.layers),
-        "num_experts": lab.model.num_experts,
-        "num_choices": lab.model.num_choices,
-        "training_steps": lab.training.steps,
-        "tokens_seen": lab.training.steps * lab.data.batch_size * lab.data.sequence_length,
-    }
-
-
-def summarise(compared: dict[str, Any], model_bits: dict[str, Any], baseline: dict[str, float]) -> list[str]:
-    """The result in sentences, ties and losses included."""
-    evolved = next(m for m in compared["methods"] if m["name"] == compared["chosen"]["evolved"][0])
-    against: dict[str, list[str]] = {}
-    for row in evolved["comparisons"]:
-        against.setdefault(row["verdict"], []).append(row["against"])
-    budget = compared["budget"]
-    words = {"better": "better than", "tie": "a tie with", "worse": "worse than", "unknown": "not comparable with"}
-    verdicts = "; ".join(f"{words[kind]} {', '.join(names)}" for kind, names in against.items())
-    return [
-        f"The model needs {model_bits['test']['all']:.3f} bits per byte on the test split; a byte 5-gram trained on "
-        f"the same text needs {baseline['all']:.3f}.",
-        f"With {budget['experts_kept']} of {budget['experts']} experts kept, {evolved['name']} loses "
-        f"{evolved['delta_vs_full']['estimate']:.3f} bits per byte against the untouched model. "
-        f"On the test split it is {verdicts}.",
-    ]
+def describe_training(lab: Lab) -> dict[str, int]:
+    """How long the model was trained."""
+    steps = lab.training.steps
+    return {"training_steps": steps, "tokens_seen": steps * lab.data.batch_size * lab.data.sequence_length}
 
 
 def write_topologies(lab: Lab, search: TopologySearch, found: dict[str, list[Found]]) -> None:

@@ -1,25 +1,16 @@
 """Stages of `evolve_topology` around the model: text, training, recorded routing, healing."""
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import jax
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
-from moe_jax.analysis import RoutingTrace, document_mean, save_trace, summarise_routing, trace_routing
+from moe_jax.analysis import RoutingTrace, save_trace, summarise_routing, trace_routing
 from moe_jax.checkpoints import CheckpointStore
 from moe_jax.data import (
     DataConfig,
@@ -35,27 +26,26 @@ from moe_jax.data import (
 from moe_jax.models.decoder import Decoder, DecoderConfig
 from moe_jax.routing import full_topology
 from moe_jax.runs import ConfigError, MetricsWriter, RunFolder, read_json, section, write_json
-from moe_jax.training.evaluation import make_evaluator
+from moe_jax.runs.bars import Bar, bar
+from moe_jax.training.evaluation import LOG2, make_evaluator
 from moe_jax.training.loop import TrainingConfig, train
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.step import LossConfig, TrainState, init_state, make_train_step, merge_model
 from moe_jax.types import Topology
 
-LOG2 = float(np.log(2))
-
 
 class Lab:
     """What every stage needs: the run's folder, the settings, the text, the model's structure and compiled programs."""
 
-    def __init__(self, run: RunFolder, progress: Progress):
+    def __init__(self, run: RunFolder, display: Progress):
         """Reads settings and text; compiles nothing.
 
         Args:
           run: the open run folder.
-          progress: where bars are drawn.
+          display: where bars are drawn.
         """
         config = run.config
-        self.run, self.progress = run, progress
+        self.run, self.display = run, display
         self.data = _section(DataConfig, config, "data")
         self.model = _section(DecoderConfig, config, "model")
         self.training = _section(TrainingConfig, config, "training")
@@ -64,19 +54,19 @@ class Lab:
         length = self.data.sequence_length
         self.packed = {name: pack(documents, length) for name, documents in self.splits.items()}
         self.test = pack(self.splits["test"], length, context=length // 4)
-        optimizer = make_optimizer(_section(OptimizerConfig, config, "optimizer"), self.training.steps)
-        self.graphdef, self.initial = init_state(Decoder(self.model, key=jax.random.fold_in(self.key, 0)), optimizer)
+        steps, heal_steps = self.training.steps, self.training.heal_steps
+        optimizer = make_optimizer(_section(OptimizerConfig, config, "optimizer"), steps, heal_steps)
+        self.graphdef, self.initial = init_state(
+            lambda key: Decoder(self.model, key=key), jax.random.fold_in(self.key, 0), optimizer
+        )
         self.step = make_train_step(self.graphdef, optimizer, _section(LossConfig, config, "loss"))
         self.model_graphdef = nnx.graphdef(merge_model(self.graphdef, self.initial))
         self.evaluate = make_evaluator(self.model_graphdef, batch_size=32)
         self.open_topology = full_topology(self.model.num_moe_layers, self.model.num_experts, self.model.num_choices)
 
-    @contextmanager
-    def bar(self, title: str, total: int, done: int = 0) -> Iterator["Bar"]:
-        """A progress bar for one stage; a plain line where there is no terminal to draw it on."""
-        if not self.progress.console.is_terminal:
-            self.progress.console.print(f"{title}: {done} of {total} done")
-        yield Bar(self.progress, self.progress.add_task(title, total=total, completed=done, note=""))
+    def bar(self, title: str, total: int, done: int = 0) -> AbstractContextManager[Bar]:
+        """A progress bar for one stage."""
+        return bar(self.display, title, total, done)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -95,22 +85,6 @@ class Lab:
         return balanced_subset(sequences, min(per_domain, smallest), jax.random.fold_in(self.key, 2))
 
 
-@dataclasses.dataclass(frozen=True)
-class Bar:
-    """One line of the progress display."""
-
-    progress: Progress
-    task: TaskID
-
-    def advance(self, count: int = 1) -> None:
-        """So many more done."""
-        self.progress.advance(self.task, count)
-
-    def show(self, done: int | None = None, note: str = "") -> None:
-        """Sets the count (None leaves it) and the note beside it."""
-        self.progress.update(self.task, completed=done, note=note)
-
-
 def _read_text(config: DataConfig) -> dict[str, tuple[Document, ...]]:
     """The splits; what is wrong with the text or its settings is the user's to mend and becomes a ConfigError."""
     try:
@@ -124,18 +98,6 @@ def _read_text(config: DataConfig) -> dict[str, tuple[Document, ...]]:
             f"({', '.join(names)}); give one each, or none (--config.data.domain_weights=) for equal shares"
         )
     return splits
-
-
-def progress_display() -> Progress:
-    """The bars of an experiment."""
-    return Progress(
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
 
 
 def train_model(lab: Lab) -> TrainState:
@@ -185,11 +147,11 @@ def _continue_training(
         batches = train_batches(lab.splits["train"], lab.data, jax.random.fold_in(lab.key, 1), int(state.step), steps)
         if int(state.step) == steps:
             return state
-        with lab.bar(stage, steps, int(state.step)) as bar:
+        with lab.bar(stage, steps, int(state.step)) as progress:
 
             def record(step: int, values: dict[str, np.ndarray]) -> None:
                 writer.append(step, values)
-                bar.show(step, f"{values['cross_entropy'] / LOG2:.2f} bits/byte")
+                progress.show(step, f"{values['cross_entropy'] / LOG2:.2f} bits/byte")
 
             def save(step: int, state: TrainState) -> None:
                 writer.flush()
@@ -221,7 +183,7 @@ def record_routing(lab: Lab, state: TrainState) -> dict:
     def route(state: nnx.State, tokens: jax.Array, mask: jax.Array) -> tuple:
         return nnx.merge(lab.model_graphdef, state)(tokens, mask, trace="full")[1]
 
-    with lab.timed("routing report"), lab.bar("routing report", 1) as bar:
+    with lab.timed("routing report"), lab.bar("routing report", 1) as progress:
         routed = route(model_state(state), inputs, mask)
         length = inputs.shape[1]
         trace: RoutingTrace = trace_routing(
@@ -235,24 +197,8 @@ def record_routing(lab: Lab, state: TrainState) -> dict:
         )
         save_trace(lab.run.path / "traces" / "routing.npz", trace)
         write_json(path, summarise_routing(trace, routed.stats))
-        bar.advance()
+        progress.advance()
     return read_json(path)
-
-
-def bits_per_byte(sequences: Sequences, nll: np.ndarray, targets: np.ndarray) -> dict[str, object]:
-    """Bits per byte in all and by domain, with an interval over documents, from sums per sequence."""
-    rows: dict[str, object] = {"all": float(nll.sum() / targets.sum() / LOG2)}
-    for index, name in enumerate(sequences.domain_names):
-        chosen = sequences.domain == index
-        rows[name] = float(nll[chosen].sum() / targets[chosen].sum() / LOG2)
-    rows["interval"] = list(document_interval(sequences, nll, targets)[1:])
-    return rows
-
-
-def document_interval(sequences: Sequences, nll: np.ndarray, targets: np.ndarray) -> tuple[float, float, float]:
-    """Mean bits per byte and its 95 % interval over documents; a sequence's sum is spread evenly over its bytes."""
-    per_byte = np.repeat(nll / np.maximum(targets, 1) / LOG2, targets)
-    return document_mean(per_byte, np.repeat(sequences.document, targets))
 
 
 def model_state(state: TrainState) -> nnx.State:

@@ -1,22 +1,21 @@
-"""Stages of `evolve_topology` around the search: run every method, choose on one split, report on another."""
+"""The search stage of `evolve_topology`: every method with every seed, two at a time, each resumable."""
 
 import io
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.topology_model import LOG2, Lab, bits_per_byte, document_interval, model_state
-from moe_jax.analysis import paired_permutation_test, verdict, win_rate
+from experiments.topology_model import Lab, model_state
 from moe_jax.checkpoints import CheckpointStore
 from moe_jax.data import Sequences
-from moe_jax.evolution import LayerTopology, SearchResult, SearchStatus, hypervolume, is_non_dominated, start_search
-from moe_jax.evolution.population import OBJECTIVES, candidates_that_fit
+from moe_jax.evolution import LayerTopology, SearchResult, SearchStatus, start_search
+from moe_jax.evolution.population import candidates_that_fit
 from moe_jax.evolution.saliency import measure_saliency
 from moe_jax.evolution.study import EvolutionConfig, Study, make_study, run_greedy, run_population_search
 from moe_jax.report import search_stage
@@ -26,9 +25,8 @@ from moe_jax.training.loop import NonFiniteError
 from moe_jax.training.step import TrainState
 from moe_jax.types import Topology
 
-LOCAL, GREEDY, FULL = "(1+1) local search", "greedy removal", "untouched model"
-EVOLVED, FRONTS = ("GA, mask", "GA, budget"), ("NSGA-II", "random front")
-GENOMES = {"GA, budget": "budget in REAP order", "NSGA-II": "mask and top-k", "random front": "mask and top-k"}
+LOCAL, GREEDY = "(1+1) local search", "greedy removal"
+FRONTS = ("NSGA-II", "random front")
 
 
 class Found(NamedTuple):
@@ -77,12 +75,12 @@ class TopologySearch:
             for name in study.searches:
                 if name != LOCAL or seed == 0:
                     tasks[name, seed] = lambda name=name, seed=seed: self._population(name, seed)
-        with self.lab.timed("search"), self.lab.bar("search", len(tasks)) as bar, ThreadPoolExecutor(2) as pool:
+        with self.lab.timed("search"), self.lab.bar("search", len(tasks)) as progress, ThreadPoolExecutor(2) as pool:
 
             def run_one(task: tuple[str, int]) -> Found:
-                bar.show(None, f"{task[0]}, seed {task[1]}")
+                progress.show(None, f"{task[0]}, seed {task[1]}")
                 result = self._stored(*task, tasks[task])
-                bar.advance()
+                progress.advance()
                 return result
 
             results = dict(zip(tasks, pool.map(run_one, tasks), strict=True))
@@ -93,15 +91,18 @@ class TopologySearch:
             found.setdefault(name, []).append(result)
         return found
 
-    def objectives(self, topologies: LayerTopology, sequences: Sequences) -> np.ndarray:
-        """`[R, 3]` objectives of any topologies on some text, in batches of the population size."""
-        encode = jax.vmap(self.study.front.genome.encode)
-        genomes = np.asarray(encode(jax.tree.map(jnp.asarray, topologies)))
-        data = self.study.front.prepare(self.model, *_inputs(sequences))
-        size = self.config.population
+    def objectives(self, topologies: Sequence[LayerTopology], sequences: Sequences) -> list[np.ndarray]:
+        """`[R, 3]` objectives of each set of topologies on some text; the sets share batches of the population size."""
+        front, size = self.study.front, self.config.population
+        together = LayerTopology(*(jnp.concatenate(side) for side in zip(*topologies, strict=True)))
+        genomes = np.asarray(jax.vmap(front.genome.encode)(together))
         padded = np.resize(genomes, (-(-len(genomes) // size) * size, genomes.shape[1]))
-        parts = [self.compiled_objectives(padded[i : i + size], data) for i in range(0, len(padded), size)]
-        return np.concatenate([np.asarray(part) for part in parts])[: len(genomes)]
+        data = front.prepare(self.model, *_inputs(sequences))
+        parts = [
+            np.asarray(self.compiled_objectives(rows, data)) for rows in padded.reshape(-1, size, genomes.shape[1])
+        ]
+        ends = np.cumsum([len(part.keep) for part in topologies])
+        return np.split(np.concatenate(parts)[: len(genomes)], ends[:-1])
 
     def topology(self, found: Found) -> Topology:
         """The single topology of a result, over all L MoE layers of the model."""
@@ -178,127 +179,6 @@ class TopologySearch:
                 f"{name}, seed {seed}: no candidate of {result.evaluations} evaluations has a finite fitness; "
                 f"the trained model is the last good checkpoint ({self.lab.run.progress.last_checkpoint})"
             )
-
-
-def compare_methods(search: TopologySearch, found: Mapping[str, list[Found]]) -> dict[str, Any]:
-    """Chooses on the selection split, measures on the test split.
-
-    Returns:
-      `results["search"]` of the report's schema, and beside it `chosen`: name and seed of the evolved topology and of
-      the baseline with the lowest KL on the selection split.
-    """
-    lab, config, test = search.lab, search.config, search.lab.test
-    selection = lab.subset("selection", config.selection_per_domain)
-    calibration = lab.subset("search", config.search_per_domain)
-    single = {name: runs for name, runs in found.items() if name not in FRONTS}
-    nll_full, targets = lab.evaluate(search.model, test, lab.open_topology)
-    full = bits_per_byte(test, nll_full, targets)
-    methods, losses = [], {}
-    with lab.timed("test"), lab.bar("test split", sum(map(len, single.values()))) as bar:
-        for name, runs in single.items():
-            nlls = [lab.evaluate(search.model, test, search.topology(run))[0] for run in runs]
-            bar.advance(len(runs))
-            losses[name] = np.mean(nlls, axis=0)
-            stacked = LayerTopology(
-                np.concatenate([run.keep for run in runs]), np.concatenate([run.num_choices for run in runs])
-            )
-            on_selection = search.objectives(stacked, selection)
-            methods.append(
-                {
-                    "name": name,
-                    "kind": "evolved" if name in EVOLVED else "baseline",
-                    "genome": GENOMES.get(name, "mask"),
-                    "seeds": list(range(len(runs))),
-                    "evaluations": int(runs[0].evaluations),
-                    "seconds": float(np.mean([run.seconds for run in runs])),
-                    "search_kl": search.objectives(stacked, calibration)[:, 0].tolist(),
-                    "selection_kl": on_selection[:, 0].tolist(),
-                    "test_bpb": [float(nll.sum() / targets.sum() / LOG2) for nll in nlls],
-                    "test_bpb_interval": list(document_interval(test, losses[name], targets)[1:]),
-                    "delta_vs_full": _difference(test, losses[name], nll_full, targets),
-                    "active_flops_per_token": float(on_selection[:, 1].mean()),
-                    "max_over_mean_load": float(on_selection[:, 2].mean()),
-                }
-            )
-    for method in methods:
-        if method["kind"] == "evolved":
-            rivals = [name for name in losses if name not in EVOLVED]
-            method["comparisons"] = [
-                _compare(test, losses[method["name"]], losses[rival], targets, rival) for rival in rivals
-            ]
-    reference = {"name": FULL, "kind": "reference", "test_bpb": [full["all"]], "test_bpb_interval": full["interval"]}
-    return {
-        "description": [
-            "Every population search starts with the same four one-shot masks beside random ones, repairs the same "
-            f"way, and spends {search.study.evaluations} evaluations a seed on the same {len(calibration)} sequences.",
-            "Local search starts each chain from REAP's mask. Greedy removal counts every evaluation and stops at the "
-            "same number; removals left over then follow its last complete ranking.",
-        ],
-        "budget": {
-            "evaluations": search.study.evaluations,
-            "experts_kept": search.study.total,
-            "experts": search.study.mask.config.num_moe_layers * lab.model.num_experts,
-            "seeds": config.seeds,
-        },
-        "methods": [reference, *methods],
-        "chosen": {kind: _best_on_selection(methods, kind) for kind in ("evolved", "baseline")},
-        **_fronts(search, found, selection),
-    }
-
-
-def _fronts(search: TopologySearch, found: Mapping[str, list[Found]], selection: Sequences) -> dict[str, Any]:
-    """Fronts chosen on the selection split and measured on the test split, with their hypervolumes."""
-    test = search.lab.subset("test", search.config.front_per_domain)
-    ladder = Found(*map(np.asarray, search.study.ladder), np.asarray(0), np.asarray(0.0))
-    untouched = jax.tree.map(lambda side: side[-1:], search.study.ladder)
-    full = search.objectives(untouched, test)[0]
-    reference = np.array([search.config.reference_kl, 1.001 * full[1], search.config.reference_load])
-    fronts, volumes = [], []
-    for name, runs in [*((name, found[name]) for name in FRONTS), ("saliency ladder", [ladder])]:
-        values = []
-        for seed, run in enumerate(runs):
-            candidates = LayerTopology(run.keep, run.num_choices)
-            is_best = is_non_dominated(search.objectives(candidates, selection))
-            points = search.objectives(LayerTopology(*(side[is_best] for side in candidates)), test)
-            values.append(hypervolume(points, reference) / float(np.prod(reference)))
-            fronts.append({"method": name, "seed": seed, "points": points.tolist()})
-        volumes.append({"method": name, "evaluations": int(runs[0].evaluations), "values": values})
-    return {
-        "objectives": list(OBJECTIVES),
-        "front": fronts,
-        "full_model": full.tolist(),
-        "reference_point": reference.tolist(),
-        "hypervolume": volumes,
-    }
-
-
-def _best_on_selection(methods: list[dict[str, Any]], kind: str) -> tuple[str, int]:
-    """Name and seed of the lowest selection KL among the methods of a kind."""
-    ranked = [(kl, m["name"], seed) for m in methods if m["kind"] == kind for seed, kl in enumerate(m["selection_kl"])]
-    return min(ranked)[1:]
-
-
-def _difference(sequences: Sequences, ours: np.ndarray, theirs: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
-    """Paired difference in bits per byte with an interval over documents."""
-    estimate, low, high = document_interval(sequences, ours - theirs, targets)
-    return {"estimate": estimate, "interval": [low, high]}
-
-
-def _compare(
-    sequences: Sequences, ours: np.ndarray, theirs: np.ndarray, targets: np.ndarray, name: str
-) -> dict[str, Any]:
-    """Ours against a baseline, paired by test document; lower is better."""
-    interval = document_interval(sequences, ours - theirs, targets)
-    size = np.bincount(sequences.document, targets)
-    mine, other = (np.bincount(sequences.document, nll)[size > 0] / size[size > 0] for nll in (ours, theirs))
-    return {
-        "against": name,
-        "difference": interval.estimate,
-        "interval": [interval.low, interval.high],
-        "p_value": paired_permutation_test(mine - other),
-        "win_rate": win_rate(mine, other),
-        "verdict": verdict(interval),
-    }
 
 
 def _inputs(sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:

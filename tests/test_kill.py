@@ -176,9 +176,10 @@ def trained_state(workdir: pathlib.Path, stage: str) -> TrainState:
     """The state at the end of a training stage."""
     config = load_config(ROOT / CONFIG)
     optimizer = make_optimizer(section(OptimizerConfig, config.optimizer, "optimizer"), SIZES["training.steps"])
-    model = Decoder(section(DecoderConfig, config.model, "model"), key=jax.random.key(1))
+    model = section(DecoderConfig, config.model, "model")
+    _, like = init_state(lambda key: Decoder(model, key=key), jax.random.key(1), optimizer)
     with CheckpointStore(workdir / "checkpoints" / stage) as store:
-        return store.restore(store.latest_step(), init_state(model, optimizer)[1])
+        return store.restore(store.latest_step(), like)
 
 
 def assert_same_bits(left, right) -> None:
@@ -255,7 +256,7 @@ def test_training_broken_off_anywhere_continues_to_the_same_bits(tmp_path):
         backend="gather",
     )
     optimizer = make_optimizer(OptimizerConfig(warmup_steps=3), 12)
-    graphdef, initial = init_state(Decoder(model, key=jax.random.key(0)), optimizer)
+    graphdef, initial = init_state(lambda key: Decoder(model, key=key), jax.random.key(0), optimizer)
     step = make_train_step(graphdef, optimizer, LossConfig(bias_rate=0.01))
     random_bytes = np.random.default_rng(0).integers(0, 256, (2, 3, 400), dtype=np.uint8)
     documents = [

@@ -31,7 +31,7 @@ CONFIG = DecoderConfig(
 
 def setup(loss=LossConfig(), optimizer=OptimizerConfig(warmup_steps=1), config=CONFIG):  # noqa: B008
     rule = make_optimizer(optimizer, 50)
-    graphdef, state = init_state(Decoder(config, key=jax.random.key(0)), rule)
+    graphdef, state = init_state(lambda key: Decoder(config, key=key), jax.random.key(0), rule)
     return graphdef, state, make_train_step(graphdef, rule, loss)
 
 
@@ -58,7 +58,7 @@ def test_step_is_the_gradient_of_the_stated_loss():
     """One step of plain gradient descent equals the loss written out from the model's output."""
     config, tokens_mask = LossConfig(balance=0.5, z=0.1), batch(3)
     rule = optax.sgd(1.0)
-    graphdef, state = init_state(Decoder(CONFIG, key=jax.random.key(0)), rule)
+    graphdef, state = init_state(lambda key: Decoder(CONFIG, key=key), jax.random.key(0), rule)
     after, _ = jax.jit(make_train_step(graphdef, rule, config))(state, *tokens_mask)
 
     def stated(params):
@@ -128,9 +128,13 @@ def test_balance_update_takes_layers_in_order():
 
 def test_schedule_by_hand():
     # 10 warm-up steps to the peak of 1, then a cosine over 90 steps down to 0.1; half way it is at (1 + 0.1) / 2.
-    schedule = learning_rate_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_fraction=0.1), 100)
-    values = [float(schedule(step)) for step in (0, 5, 10, 55, 100)]
-    np.testing.assert_allclose(values, [0, 0.5, 1.0, 0.55, 0.1], atol=1e-6)
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_fraction=0.1, heal_fraction=0.5)
+    schedule = learning_rate_schedule(config, 100)
+    values = [float(schedule(step)) for step in (0, 5, 10, 55, 100, 120)]
+    np.testing.assert_allclose(values, [0, 0.5, 1.0, 0.55, 0.1, 0.1], atol=1e-6)
+    schedule = learning_rate_schedule(config, 100, heal_steps=20)
+    values = [float(schedule(step)) for step in (0, 5, 10, 55, 100, 110, 120)]
+    np.testing.assert_allclose(values, [0, 0.5, 1.0, 0.55, 0.5, 0.3, 0.1], atol=1e-6)
 
 
 def test_norm_scales_do_not_decay():

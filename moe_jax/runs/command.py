@@ -13,7 +13,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from moe_jax.runs.config import flatten, from_json, load_config, override
-from moe_jax.runs.environment import enable_compilation_cache
+from moe_jax.runs.environment import enable_compilation_cache, use_huge_pages
 from moe_jax.runs.progress import RunError
 from moe_jax.runs.sections import ConfigError, nearest_known
 
@@ -44,6 +44,8 @@ def run_script(main: Callable[[Command], None], default_config: str, argv: Seque
     Returns:
       The exit code: 0, or 2 after a `ConfigError` or `RunError`.
     """
+    if argv is None:
+        use_huge_pages()
     module = sys.modules[main.__module__]
     program = f"python -m {module.__spec__.name}" if module.__spec__ else Path(sys.argv[0]).name
     try:

@@ -1,15 +1,19 @@
-"""Held-out loss, sequence by sequence, so that intervals can be taken over documents."""
+"""Held-out loss, sequence by sequence, so that intervals and paired comparisons can be taken over documents."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moe_jax.analysis import Interval, document_mean, paired_permutation_test, verdict, win_rate
 from moe_jax.data import Sequences
 from moe_jax.losses import cross_entropy
 from moe_jax.types import Array, Topology
+
+LOG2 = float(np.log(2))  # nats per bit
 
 
 def make_evaluator(
@@ -43,3 +47,47 @@ def make_evaluator(
         return np.concatenate(nll)[: len(sequences)], sequences.is_scored.sum(1)
 
     return evaluate
+
+
+def bits_per_byte(sequences: Sequences, nll: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
+    """Sums per sequence, as the evaluator gives them, to bits per byte.
+
+    Args:
+      sequences: the text, one token a byte.
+      nll: `[N]` nats.
+      targets: `[N]` scored bytes.
+
+    Returns:
+      `all`, one entry per domain, and `interval`: the ends of a 95 % interval over documents.
+    """
+    rows: dict[str, Any] = {"all": float(nll.sum() / targets.sum() / LOG2)}
+    for index, name in enumerate(sequences.domain_names):
+        chosen = sequences.domain == index
+        rows[name] = float(nll[chosen].sum() / targets[chosen].sum() / LOG2)
+    rows["interval"] = list(document_interval(sequences, nll, targets)[1:])
+    return rows
+
+
+def document_interval(sequences: Sequences, nll: np.ndarray, targets: np.ndarray) -> Interval:
+    """Mean bits per byte with an interval over documents; a sequence's sum is spread evenly over its bytes."""
+    per_byte = np.repeat(nll / np.maximum(targets, 1) / LOG2, targets)
+    return document_mean(per_byte, np.repeat(sequences.document, targets))
+
+
+def compare_losses(sequences: Sequences, ours: np.ndarray, theirs: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
+    """Two sets of summed losses `[N]` of the same text, paired by document; lower is better.
+
+    Returns:
+      `difference` of ours from theirs in bits per byte, its 95 % `interval`, the `p_value` of a paired permutation
+      test, our `win_rate` over documents, and the `verdict`.
+    """
+    interval = document_interval(sequences, ours - theirs, targets)
+    size = np.bincount(sequences.document, targets)
+    mine, other = (np.bincount(sequences.document, nll)[size > 0] / size[size > 0] for nll in (ours, theirs))
+    return {
+        "difference": interval.estimate,
+        "interval": [interval.low, interval.high],
+        "p_value": paired_permutation_test(mine - other),
+        "win_rate": win_rate(mine, other),
+        "verdict": verdict(interval),
+    }

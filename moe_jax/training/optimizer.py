@@ -19,6 +19,7 @@ class OptimizerConfig:
       learning_rate: peak, reached after `warmup_steps`.
       warmup_steps: linear warm-up from 0.
       final_fraction: the cosine ends at this fraction of the peak.
+      heal_fraction: where the rate of a continuation starts, as a fraction of the peak; it falls to the same end.
       weight_decay: decoupled; acts on matrices, not on norm scales.
       clip_norm: global gradient norm above which gradients are scaled down.
       b1: decay of the first moment.
@@ -28,27 +29,33 @@ class OptimizerConfig:
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 3e-3
     warmup_steps: int = 50
-    final_fraction: float = 0.05
+    final_fraction: float = 0.01
+    heal_fraction: float = 0.1
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     b1: float = 0.9
     b2: float = 0.95
 
 
-def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Linear warm-up, then a cosine that ends at step `num_steps`."""
-    return optax.warmup_cosine_decay_schedule(
+def learning_rate_schedule(config: OptimizerConfig, num_steps: int, heal_steps: int = 0) -> optax.Schedule:
+    """Linear warm-up, a cosine that ends at step `num_steps`, then a linear fall over `heal_steps` more."""
+    end = config.learning_rate * config.final_fraction
+    cosine = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
         warmup_steps=min(config.warmup_steps, max(num_steps - 1, 0)),
         decay_steps=max(num_steps, 1),
-        end_value=config.learning_rate * config.final_fraction,
+        end_value=end,
     )
+    if not heal_steps:
+        return cosine
+    heal = optax.linear_schedule(config.learning_rate * config.heal_fraction, end, heal_steps)
+    return optax.join_schedules([cosine, heal], [num_steps])
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, num_steps: int, heal_steps: int = 0) -> optax.GradientTransformation:
     """Clipping, then the optimizer under the schedule."""
-    schedule = learning_rate_schedule(config, num_steps)
+    schedule = learning_rate_schedule(config, num_steps, heal_steps)
     if config.name == "muon":
         rule = optax.contrib.muon(
             schedule,

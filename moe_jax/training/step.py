@@ -51,11 +51,27 @@ class TrainState:
 TrainStep = Callable[[TrainState, Array, Array, Topology | None], tuple[TrainState, dict[str, Array]]]
 
 
-def init_state(model: nnx.Module, optimizer: optax.GradientTransformation) -> tuple[nnx.GraphDef, TrainState]:
-    """Splits a model into its structure and the state at step 0."""
-    graphdef, *states = nnx.split(model, nnx.Param, Balance)
-    params, balance = states
-    return graphdef, TrainState(params, balance, optimizer.init(params), jnp.zeros((), jnp.int32))
+def init_state(
+    make_model: Callable[[Array], nnx.Module], key: Array, optimizer: optax.GradientTransformation
+) -> tuple[nnx.GraphDef, TrainState]:
+    """Initialises model and optimizer in one program, compiled without optimisation since it runs once.
+
+    Args:
+      make_model: builds the model from a key.
+      key: consumed.
+      optimizer: acts on the parameters only.
+
+    Returns:
+      The model's structure and the state at step 0.
+    """
+
+    @jax.jit(compiler_options={"xla_backend_optimization_level": 0})
+    def initialise(key: Array) -> TrainState:
+        model = make_model(key)
+        params = nnx.state(model, nnx.Param)
+        return TrainState(params, nnx.state(model, Balance), optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    return nnx.graphdef(jax.eval_shape(make_model, key)), initialise(key)
 
 
 def merge_model(graphdef: nnx.GraphDef, state: TrainState) -> nnx.Module:
