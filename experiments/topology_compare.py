@@ -1,6 +1,7 @@
 """The last stage of `evolve_topology`'s search: choose on the selection split, report on the test split."""
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 from experiments.topology_search import FRONTS, Found, TopologySearch
 from moe_jax.evolution import LayerTopology, hypervolume, is_non_dominated
 from moe_jax.evolution.population import OBJECTIVES
+from moe_jax.runs.bars import Bar
 from moe_jax.training.evaluation import LOG2, bits_per_byte, compare_losses, document_interval
 
 UNTOUCHED = "untouched model"
@@ -28,21 +30,20 @@ def compare_methods(search: TopologySearch, found: Mapping[str, list[Found]]) ->
     with lab.timed("test"), lab.bar("test split", sum(map(len, single.values())) + 1) as progress:
         methods = _describe(search, single)
         nll_full, targets = lab.evaluate(search.model, test, lab.open_topology)
-        losses = {}
+        nlls = _losses(search, single, progress)
         for row in methods:
-            nlls = []
-            for run in single[row["name"]]:
-                nlls.append(lab.evaluate(search.model, test, search.topology(run))[0])
-                progress.advance()
-            loss = losses[row["name"]] = np.mean(nlls, axis=0)
-            row["test_bpb"] = [float(nll.sum() / targets.sum() / LOG2) for nll in nlls]
+            loss = nlls[row["name"]].mean(axis=0)
+            row["test_bpb"] = (nlls[row["name"]].sum(axis=1) / targets.sum() / LOG2).tolist()
             row["test_bpb_interval"] = list(document_interval(test, loss, targets)[1:])
             estimate, *ends = document_interval(test, loss - nll_full, targets)
             row["delta_vs_full"] = {"estimate": estimate, "interval": ends}
         for row in methods:
             if row["kind"] == "evolved":
                 row["comparisons"] = [
-                    {"against": rival, **compare_losses(test, losses[row["name"]], losses[rival], targets)}
+                    {
+                        "against": rival,
+                        **compare_losses(test, nlls[row["name"]].mean(axis=0), nlls[rival].mean(axis=0), targets),
+                    }
                     for rival in single
                     if rival not in EVOLVED
                 ]
@@ -72,6 +73,19 @@ def compare_methods(search: TopologySearch, found: Mapping[str, list[Found]]) ->
         "chosen": {kind: _best_on_selection(methods, kind) for kind in ("evolved", "baseline")},
         **fronts,
     }
+
+
+def _losses(search: TopologySearch, found: Mapping[str, list[Found]], progress: Bar) -> dict[str, np.ndarray]:
+    """`[runs, N]` summed losses of the test split by method; two topologies at a time keep two cores busy."""
+    lab = search.lab
+
+    def loss(run: Found) -> np.ndarray:
+        nll, _ = lab.evaluate(search.model, lab.test, search.topology(run))
+        progress.advance()
+        return nll
+
+    with ThreadPoolExecutor(2) as pool:
+        return {name: np.stack(list(pool.map(loss, runs))) for name, runs in found.items()}
 
 
 def _describe(search: TopologySearch, found: Mapping[str, list[Found]]) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ class Lab:
     """What every stage needs: the run's folder, the settings, the text, the model's structure and compiled programs."""
 
     def __init__(self, run: RunFolder, display: Progress):
-        """Reads settings and text; compiles nothing.
+        """Reads settings and text, initialises the model.
 
         Args:
           run: the open run folder.

@@ -11,23 +11,14 @@ import pytest
 from flax import nnx
 
 from moe_jax.dispatch import BACKENDS
-from moe_jax.models.decoder import Decoder, DecoderConfig
+from moe_jax.models.decoder import Decoder
 from moe_jax.ops.norms import rms_norm
 from moe_jax.ops.rotary import rotate
 from moe_jax.routing import full_topology, population_topology, single_topology
+from tests.tiny_model import TINY
 
-CONFIG = DecoderConfig(
-    vocab_size=19,
-    width=16,
-    layers=("dense", "moe", "moe", "dense", "moe"),
-    num_heads=4,
-    num_kv_heads=2,
-    dense_hidden=12,
-    num_experts=5,
-    expert_hidden=6,
-    num_choices=2,
-    backend="gather",
-    context=1,
+CONFIG = dataclasses.replace(
+    TINY, layers=("dense", "moe", "moe", "dense", "moe"), num_heads=4, num_kv_heads=2, num_experts=5, context=1
 )
 
 

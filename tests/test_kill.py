@@ -3,6 +3,7 @@
 The slow test kills the main job itself with SIGKILL, 20 times; the quick one breaks off the training loop in process.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -26,6 +27,7 @@ from moe_jax.runs import MetricsWriter, load_config, read_json, read_progress, s
 from moe_jax.training.loop import train
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.step import LossConfig, TrainState, init_state, make_train_step
+from tests.tiny_model import TINY
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "configs/tiny.py"
@@ -245,16 +247,7 @@ class Killed(Exception):
 
 def test_training_broken_off_anywhere_continues_to_the_same_bits(tmp_path):
     """Checkpoints after 5, 10 and 12 steps; broken off before the first, at one not yet saved, and at the last."""
-    model = DecoderConfig(
-        width=16,
-        layers=("dense", "moe"),
-        num_heads=2,
-        num_kv_heads=1,
-        dense_hidden=16,
-        num_experts=4,
-        expert_hidden=8,
-        backend="gather",
-    )
+    model = dataclasses.replace(TINY, vocab_size=256)
     optimizer = make_optimizer(OptimizerConfig(warmup_steps=3), 12)
     graphdef, initial = init_state(lambda key: Decoder(model, key=key), jax.random.key(0), optimizer)
     step = make_train_step(graphdef, optimizer, LossConfig(bias_rate=0.01))

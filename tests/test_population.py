@@ -15,19 +15,9 @@ from moe_jax.evolution.saliency import measure_saliency
 from moe_jax.evolution.study import EvolutionConfig, make_study, run_greedy, run_population_search
 from moe_jax.models.decoder import Decoder, DecoderConfig
 from moe_jax.routing import single_topology
+from tests.tiny_model import TINY
 
-CONFIG = DecoderConfig(
-    vocab_size=19,
-    width=16,
-    layers=("dense", "moe", "moe"),
-    num_heads=2,
-    num_kv_heads=1,
-    dense_hidden=12,
-    num_experts=4,
-    expert_hidden=6,
-    num_choices=2,
-    backend="blocked",
-)
+CONFIG = dataclasses.replace(TINY, backend="blocked")
 LAYERS, EXPERTS, CHOICES = CONFIG.num_moe_layers, CONFIG.num_experts, CONFIG.num_choices
 GENOME = combine(mask_genome(LAYERS, EXPERTS, (4, 8), 2, CHOICES), top_k_genome(LAYERS, EXPERTS, CHOICES))
 GRAPHDEF, STATE = nnx.split(Decoder(CONFIG, key=jax.random.key(0)))

@@ -1,5 +1,7 @@
 """The four saliencies against a loop over tokens and experts, and uniform pruning by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,20 +9,10 @@ import pytest
 from flax import nnx
 
 from moe_jax.evolution.saliency import SALIENCIES, measure_saliency, prune_uniformly
-from moe_jax.models.decoder import Decoder, DecoderConfig
+from moe_jax.models.decoder import Decoder
+from tests.tiny_model import TINY
 
-CONFIG = DecoderConfig(
-    vocab_size=19,
-    width=16,
-    layers=("dense", "moe", "dense", "moe"),
-    num_heads=2,
-    num_kv_heads=1,
-    dense_hidden=12,
-    num_experts=4,
-    expert_hidden=6,
-    num_choices=2,
-    backend="gather",
-)
+CONFIG = dataclasses.replace(TINY, layers=("dense", "moe", "dense", "moe"))
 TOKENS = jax.random.randint(jax.random.key(1), (3, 7), 0, CONFIG.vocab_size)
 MASK = jnp.arange(7)[None, :] < jnp.array([7, 4, 6])[:, None]  # 17 of 21 positions
 

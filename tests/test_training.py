@@ -10,23 +10,14 @@ import optax
 import pytest
 from flax import nnx
 
-from moe_jax.models.decoder import Decoder, DecoderConfig
+from moe_jax.models.decoder import Decoder
 from moe_jax.training.loop import NonFiniteError, train
 from moe_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from moe_jax.training.step import LossConfig, init_state, make_train_step, merge_model, update_balance
 from moe_jax.types import RouterStats
+from tests.tiny_model import TINY
 
-CONFIG = DecoderConfig(
-    vocab_size=32,
-    width=16,
-    layers=("dense", "moe", "moe"),
-    num_heads=2,
-    num_kv_heads=1,
-    dense_hidden=16,
-    num_experts=4,
-    expert_hidden=8,
-    backend="gather",
-)
+CONFIG = dataclasses.replace(TINY, vocab_size=32)
 
 
 def setup(loss=LossConfig(), optimizer=OptimizerConfig(warmup_steps=1), config=CONFIG):  # noqa: B008

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from ml_collections import ConfigDict
 
@@ -104,7 +105,7 @@ def parse_command(argv: Sequence[str], default_config: str, program: str, descri
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are exceptions."""
 
-    def error(self, message: str) -> None:  # type: ignore[override]
+    def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see --help)")
 
 

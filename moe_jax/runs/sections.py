@@ -11,11 +11,14 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 
 from ml_collections import ConfigDict
 
-_T = TypeVar("_T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_T = TypeVar("_T", bound="DataclassInstance")
 
 
 class ConfigError(ValueError):
@@ -40,7 +43,7 @@ def section(dataclass_type: type[_T], values: Mapping[str, Any] | ConfigDict, na
       ConfigError: for an unknown key, a missing one without default, a wrong type, or a value that is refused.
     """
     values = values.to_dict() if isinstance(values, ConfigDict) else dict(values)
-    fields = {field.name: field for field in dataclasses.fields(dataclass_type)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(dataclass_type)}
     for key in values:
         if key not in fields:
             raise ConfigError(f"unknown key {name}.{key}{nearest_known(key, fields)}")
