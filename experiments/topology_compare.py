@@ -58,8 +58,9 @@ def compare_methods(search: TopologySearch, found: Mapping[str, list[Found]]) ->
     }
     return {
         "description": [
-            "Every population search starts with the same four one-shot masks beside random ones, repairs the same "
-            f"way, and spends {search.study.evaluations} evaluations a seed on the same text of the search split.",
+            "Every population search starts with the same four one-shot masks beside random ones (as budgets the four "
+            "are one, the equal budget), repairs the same way, and spends "
+            f"{search.study.evaluations} evaluations a seed on the same text of the search split.",
             "Local search starts each chain from REAP's mask. Greedy removal counts every evaluation and stops at the "
             "same number; removals left over then follow its last complete ranking.",
         ],

@@ -8,7 +8,7 @@ from flax import nnx
 from moe_jax.data import Sequences
 from moe_jax.models.decoder import Decoder, DecoderConfig
 from moe_jax.routing import single_topology
-from moe_jax.training.evaluation import make_evaluator
+from moe_jax.training.evaluation import bits_per_byte, compare_losses, make_evaluator
 
 CONFIG = DecoderConfig(
     vocab_size=20,
@@ -39,3 +39,32 @@ def test_equals_log_probabilities_summed_in_numpy(topology):
         expected = -sum(log_probabilities[row, s, tokens[row, s + 1]] for s in counted)
         np.testing.assert_allclose(nll[row], expected, rtol=1e-4, atol=1e-5)
         assert targets[row] == len(counted)
+
+
+def scored(document, domain):
+    """Sequences of which only the owners are read."""
+    empty = np.zeros((len(document), 3), np.uint8)
+    owners = np.asarray(document, np.int32), np.asarray(domain, np.int32)
+    return Sequences(empty, empty > 0, empty[:, 1:] > 0, owners[1], owners[0], ("prose", "code"))
+
+
+def test_bits_per_byte_weigh_every_byte_alike():
+    """Sums of nats over sequences of unlike length; the interval resamples documents."""
+    sequences = scored(document=[0, 0, 1, 2], domain=[0, 0, 0, 1])
+    nats, targets = np.log(2) * np.array([4.0, 6.0, 9.0, 1.0]), np.array([2, 3, 3, 1])
+    bits = bits_per_byte(sequences, nats, targets)
+    np.testing.assert_allclose([bits["all"], bits["prose"], bits["code"]], [20 / 9, 19 / 8, 1.0])
+    low, high = bits["interval"]
+    assert 1.0 <= low < bits["all"] < high <= 3.0  # the documents' own means are 2, 3 and 1
+
+
+def test_a_comparison_is_paired_by_document():
+    """Ours is better by one bit on every byte, however different the documents are."""
+    sequences = scored(document=list(range(8)), domain=[0] * 8)
+    targets = np.arange(1, 9)
+    theirs = np.log(2) * targets * np.linspace(2, 9, 8)
+    compared = compare_losses(sequences, theirs - np.log(2) * targets, theirs, targets)
+    np.testing.assert_allclose([compared["difference"], *compared["interval"]], -1.0)
+    assert compared["verdict"] == "better" and compared["win_rate"] == 1.0
+    assert compared["p_value"] == 2 / 2**8  # of all sign patterns only the two extreme ones reach it
+    assert compare_losses(sequences, theirs, theirs, targets)["verdict"] == "tie"

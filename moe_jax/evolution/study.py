@@ -171,7 +171,10 @@ def make_study(
         one_shot,
         {
             "GA, mask": Search(DiscreteGA(size, mask.genome), mask.divergence, starts, *rounds),
-            "GA, budget": Search(DiscreteGA(size, budget.genome), budget.divergence, starts, *rounds),
+            # As budgets the one-shot masks are all the same, so one stands for them.
+            "GA, budget": Search(
+                DiscreteGA(size, budget.genome), budget.divergence, _stack([one_shot["reap"]]), *rounds
+            ),
             "random search": Search(RandomSearch(size, mask.genome), mask.divergence, starts, *rounds),
             "(1+1) local search": Search(
                 LocalSearch(config.seeds, mask.genome),
