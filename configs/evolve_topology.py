@@ -22,9 +22,9 @@ def get_config() -> ConfigDict:
             "search_fraction": 0.06,
             "selection_fraction": 0.06,
             "test_fraction": 0.06,
-            "seed": 0,
+            "seed": 1,
             "sequence_length": 128,
-            "batch_size": 16,
+            "batch_size": 8,
             "domain_weights": (0.22, 0.22, 0.12, 0.44),
         }
     )
@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
             "num_choices": 2,
             "rule": "softmax_top_k_renormalized",
             "backend": "blocked",
-            "context": 3,
+            "context": 2,
             "compute_dtype": "float32",
         }
     )
@@ -49,14 +49,15 @@ def get_config() -> ConfigDict:
         {
             "name": "adamw",
             "learning_rate": 4e-3,
-            "warmup_steps": 50,
-            "final_fraction": 0.1,
+            "warmup_steps": 200,
+            "final_fraction": 0.01,
+            "heal_fraction": 0.1,
             "weight_decay": 0.7,
             "clip_norm": 1.0,
         }
     )
     config.loss = ConfigDict({"balance": 0.01, "z": 1e-3, "bias_rate": 0.0, "micro_batches": 1})
-    config.training = ConfigDict({"steps": 650, "checkpoint_every": 130, "heal_steps": 40})
+    config.training = ConfigDict({"steps": 2200, "checkpoint_every": 440, "heal_steps": 80})
     config.evolution = ConfigDict(
         {
             "population": 32,
