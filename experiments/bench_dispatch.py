@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,8 @@ def main() -> None:
             console.print(f"NOT COMPARED with transformers: {' and '.join(missing)} not installed", style="bold red")
             environment["not_compared"] = missing
         else:
+            # torch's idle threads would spin through the calls that follow and slow them down.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             import torch
             import transformers
 
