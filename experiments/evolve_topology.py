@@ -40,14 +40,16 @@ def main(command: Command) -> None:
             with progress_display() as display:
                 run.write_results(compute_results(Lab(run, display)))
         run.finish()
-        report = write_report(run.path)
+        with console.status("drawing the report"):
+            report = write_report(run.path)
         print_table(console, read_json(run.path / "results.json"))
         console.print(f"report: {report}", soft_wrap=True)
 
 
 def compute_results(lab: Lab) -> dict[str, Any]:
     """All stages; each reads what an earlier process has finished."""
-    baseline = ngram.bits_per_byte(ngram.fit(lab.splits["train"], order=5), lab.splits["test"])
+    five_gram = ngram.fit(lab.splits["train"], order=5)
+    baseline = {split: ngram.bits_per_byte(five_gram, lab.splits[split]) for split in ("selection", "test")}
     state = train_model(lab)
     routing = record_routing(lab, state)
     search = TopologySearch(lab, state)
@@ -67,11 +69,15 @@ def compute_results(lab: Lab) -> dict[str, Any]:
     best = next(method for method in compared["methods"] if method["name"] == evolved)
     return {
         "title": "Evolving the routing topology of a byte-level mixture of experts",
-        "summary": summarise_search(compared, evolved, model_bits["test"], baseline),
+        "summary": summarise_search(compared, evolved, model_bits["test"], baseline["test"]),
         "headline": {"test bits/byte": model_bits["test"]["all"], "evolved": best["test_bpb"][evolved_seed]},
         "data": describe_data(lab.splits),
         "model": describe_model(lab.model, state_of) | describe_training(lab),
-        "ngram": {"order": 5, "bits_per_byte": baseline},
+        "ngram": {
+            "order": 5,
+            "bits_per_byte": baseline["test"],
+            "selection_bits_per_byte": baseline["selection"]["all"],
+        },
         "model_bits_per_byte": model_bits,
         "routing": routing,
         "search": compared,

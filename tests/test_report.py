@@ -120,7 +120,11 @@ def synthetic_results():
             "width": 96,
             "sequence_length": 128,
         },
-        "ngram": {"order": 5, "bits_per_byte": {"all": 2.61} | dict.fromkeys(DOMAINS, 2.6)},
+        "ngram": {
+            "order": 5,
+            "bits_per_byte": {"all": 2.61} | dict.fromkeys(DOMAINS, 2.6),
+            "selection_bits_per_byte": 2.55,
+        },
         "model_bits_per_byte": {
             split: {"all": value, **dict.fromkeys(DOMAINS, value), "interval": [value - 0.03, value + 0.03]}
             for split, value in (("train", 1.81), ("selection", 1.94), ("test", 1.95))

@@ -8,7 +8,7 @@ named on the page as missing, never filled in. Unknown keys are ignored. Numbers
     status.json        {"status": "running|finished|failed|interrupted", "stage": str, "error": str | null}
     results.json       below
     metrics/train/     columns `step`, `loss` (nats per byte on the step's batch); optional `bits_per_byte`
-    metrics/evaluate/  columns `step`, `bits_per_byte` (held-out)
+    metrics/evaluate/  columns `step`, `bits_per_byte` (selection split)
     metrics/search/<method>-seed<k>/   (`search_stage` gives the name) columns `step`, `evaluations` (cumulative),
                        `best` (best search KL so far, nats per byte); a stage without `best` has no curve
     traces/routing.npz      a `moe_jax.analysis.RoutingTrace`, written by `moe_jax.analysis.save_trace`
@@ -21,7 +21,7 @@ named on the page as missing, never filled in. Unknown keys are ignored. Numbers
               "bytes": {split: {domain: int}}, "documents": {split: {domain: int}}, "digests": {name: str},
               "sources": [{"domain": str, "title": str, "origin": str, "licence": str}]},
      "model": {any name: number or string},     # parameters_total, parameters_active, num_layers, num_experts, ...
-     "ngram": {"order": 5, "bits_per_byte": {"all": float, domain: float}},
+     "ngram": {"order": 5, "bits_per_byte": {"all": float, domain: float}, "selection_bits_per_byte": float},
      "model_bits_per_byte": {split: {"all": float, domain: float, "interval": [low, high]}},
      "routing": moe_jax.analysis.summarise_routing(trace, stats),    # made from the trace when absent
      "search": {

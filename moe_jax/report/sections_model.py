@@ -70,7 +70,7 @@ def model_section(run: RunContents, album: Album) -> Section:
         ]
     )
     baseline, order = ngram.get("bits_per_byte", {}), ngram.get("order", "n")
-    markup += _training_picture(run, album, baseline.get("all"), f"{order}-gram")
+    markup += _training_picture(run, album, ngram.get("selection_bits_per_byte"), f"{order}-gram")
     losses = run.results.get("model_bits_per_byte", {})
     if losses:
         domains = list(
@@ -109,9 +109,9 @@ def _training_picture(run: RunContents, album: Album, baseline: float | None, ba
     )
     caption = "Training: thin, every step; thick, a running mean."
     if held_out is not None:
-        caption += " Dots: held-out text."
+        caption += " Dots: the selection split."
     if baseline is not None:
-        caption += f" Dashed: a byte {baseline_name} on the same held-out text."
+        caption += f" Dashed: a byte {baseline_name} on the selection split."
     return album.add("training", figure, caption)
 
 

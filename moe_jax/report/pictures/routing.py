@@ -149,7 +149,7 @@ def plot_specialisation(domain_load: ArrayLike, domains: Sequence[str], *, num_c
         label_outer(panels, columns, "expert", "")
         bar = figure.colorbar(image, ax=list(panels), extend="both", shrink=0.9, aspect=24, pad=0.015)
         bar.set_ticks([-2, -1, 0, 1, 2], labels=["¼", "½", "1", "2", "4"])
-        bar.set_label("share of the domain / uniform share")
+        bar.set_label("share / uniform share")
         bar.outline.set_visible(False)
     return figure
 
