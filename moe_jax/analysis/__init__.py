@@ -2,9 +2,10 @@
 
 `trace_routing` keeps what a model's routers did, `summarise_routing` computes the whole routing report; the parts are
 pure functions on arrays: `load` (balance and its noise band), `confidence`, `specialisation` (against shuffled
-controls), `coactivation`, `drops`, `intervals`.
+controls), `coactivation`, `drops`, `intervals`. `causality` asks by intervention whether a router looks at the future.
 """
 
+from moe_jax.analysis.causality import CausalityAudit, Leak, audit_causality
 from moe_jax.analysis.coactivation import coactivation_counts, coactivation_lift, conditional_coactivation
 from moe_jax.analysis.confidence import (
     boundary_margin,
@@ -59,11 +60,14 @@ from moe_jax.analysis.trace import (
 )
 
 __all__ = [
+    "CausalityAudit",
     "DropRates",
     "Imbalance",
     "InformationTest",
     "Interval",
+    "Leak",
     "RoutingTrace",
+    "audit_causality",
     "boundary_margin",
     "coactivation_counts",
     "coactivation_lift",
