@@ -2,7 +2,8 @@
 
 `trace_routing` keeps what a model's routers did, `summarise_routing` computes the whole routing report; the parts are
 pure functions on arrays: `load` (balance and its noise band), `confidence`, `specialisation` (against shuffled
-controls), `coactivation`, `drops`, `intervals`. `causality` asks by intervention whether a router looks at the future.
+controls), `coactivation`, `drops`, `intervals`. Two instruments ask further: `causality`, whether a router looks at the
+future, and `flips`, where two runs began to route differently.
 """
 
 from moe_jax.analysis.causality import CausalityAudit, Leak, audit_causality
@@ -17,6 +18,7 @@ from moe_jax.analysis.confidence import (
 )
 from moe_jax.analysis.counts import expert_counts, group_expert_counts
 from moe_jax.analysis.drops import DropRates, drop_rates, empty_slots_by_position
+from moe_jax.analysis.flips import RoutingFlips, find_flips
 from moe_jax.analysis.intervals import (
     Interval,
     document_mean,
@@ -66,6 +68,7 @@ __all__ = [
     "InformationTest",
     "Interval",
     "Leak",
+    "RoutingFlips",
     "RoutingTrace",
     "audit_causality",
     "boundary_margin",
@@ -84,6 +87,7 @@ __all__ = [
     "empty_slots_by_position",
     "expected_imbalance",
     "expert_counts",
+    "find_flips",
     "fraction_within_margin",
     "gini",
     "group_expert_counts",
