@@ -1,6 +1,6 @@
 """Dispatch backends against a dense layer of equal FLOPs, and against the Mixtral block of `transformers`.
 
-    python -m experiments.bench_dispatch                              # about 10 minutes on 2 cores
+    python -m experiments.bench_dispatch                              # about 7 minutes on 2 cores
     python -m experiments.bench_dispatch --quick                      # one minute, few tokens: shows that it runs
     python -m experiments.bench_dispatch --out results.json
 
