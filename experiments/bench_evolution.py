@@ -1,7 +1,7 @@
 """What a population of topologies costs against plain forward passes, and what ask and tell add to a generation.
 
     python -m experiments.bench_evolution                             # about 3 minutes on 2 cores
-    python -m experiments.bench_evolution --quick                     # one minute, main job only: shows that it runs
+    python -m experiments.bench_evolution --quick                     # less, main job only: shows that it runs
     python -m experiments.bench_evolution --out experiments/results/bench_evolution_cpu.json
 
 Evaluating P topologies of N sequences is one compiled call. Its baselines do without topologies: `P forwards` are P
