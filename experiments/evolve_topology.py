@@ -19,7 +19,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from experiments.topology_compare import UNTOUCHED, compare_methods
+from experiments.topology_compare import UNTOUCHED, compare_methods, measure_losses
 from experiments.topology_model import Lab, heal, model_state, record_routing, train_model
 from experiments.topology_search import Found, TopologySearch
 from moe_jax.data import ngram
@@ -54,31 +54,33 @@ def compute_results(lab: Lab) -> dict[str, Any]:
     routing = record_routing(lab, state)
     search = TopologySearch(lab, state)
     found = search.run()
-    compared = compare_methods(search, found)
+    losses = measure_losses(search, found)
+    compared = compare_methods(search, found, losses)
     (evolved, evolved_seed), (rival, rival_seed) = compared["chosen"]["evolved"], compared["chosen"]["baseline"]
     chosen = {
-        "untouched": (UNTOUCHED, lab.open_topology),
-        "evolved": (evolved, search.topology(found[evolved][evolved_seed])),
-        "baseline": (rival, search.topology(found[rival][rival_seed])),
+        "untouched": (UNTOUCHED, 0, lab.open_topology),
+        "evolved": (evolved, evolved_seed, search.topology(found[evolved][evolved_seed])),
+        "baseline": (rival, rival_seed, search.topology(found[rival][rival_seed])),
     }
     write_topologies(lab, search, found)
-    test, state_of = lab.test, model_state(state)
-    losses = lab.evaluate(state_of, test, lab.open_topology)
-    model_bits = {"test": bits_per_byte(test, *losses)}
-    healed = [heal_row(lab, role, name, state, topology) for role, (name, topology) in chosen.items()]
+    healed = [
+        heal_row(lab, role, name, losses[name][seed], state, topology)
+        for role, (name, seed, topology) in chosen.items()
+    ]
+    model_bits = bits_per_byte(lab.test, losses[UNTOUCHED][0], lab.test.is_scored.sum(1))
     best = next(method for method in compared["methods"] if method["name"] == evolved)
     return {
         "title": "Evolving the routing topology of a byte-level mixture of experts",
-        "summary": summarise_search(compared, evolved, model_bits["test"], baseline["test"]),
-        "headline": {"test bits/byte": model_bits["test"]["all"], "evolved": best["test_bpb"][evolved_seed]},
+        "summary": summarise_search(compared, evolved, model_bits, baseline["test"]),
+        "headline": {"test bits/byte": model_bits["all"], "evolved": best["test_bpb"][evolved_seed]},
         "data": describe_data(lab.splits),
-        "model": describe_model(lab.model, state_of) | describe_training(lab),
+        "model": describe_model(lab.model, search.model) | describe_training(lab),
         "ngram": {
             "order": 5,
             "bits_per_byte": baseline["test"],
             "selection_bits_per_byte": baseline["selection"]["all"],
         },
-        "model_bits_per_byte": model_bits,
+        "model_bits_per_byte": {"test": model_bits},
         "routing": routing,
         "search": compared,
         "heal": healed,
@@ -86,11 +88,13 @@ def compute_results(lab: Lab) -> dict[str, Any]:
     }
 
 
-def heal_row(lab: Lab, role: str, name: str, state: TrainState, topology: Topology) -> dict[str, Any]:
-    """One-shot and healed loss of a topology on the test split."""
-    test = lab.test
-    trained = heal(lab, role, state, topology)
-    before, after = (bits_per_byte(test, *lab.evaluate(model_state(s), test, topology)) for s in (state, trained))
+def heal_row(
+    lab: Lab, role: str, name: str, one_shot: np.ndarray, state: TrainState, topology: Topology
+) -> dict[str, Any]:
+    """One-shot (`[N]` summed losses) and healed loss of a topology on the test split."""
+    test, healed = lab.test, heal(lab, role, state, topology)
+    after = bits_per_byte(test, *lab.evaluate(model_state(healed), test, topology))
+    before = bits_per_byte(test, one_shot, test.is_scored.sum(1))
     return {
         "name": name,
         "steps": lab.training.heal_steps,

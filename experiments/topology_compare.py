@@ -10,46 +10,68 @@ import numpy as np
 from experiments.topology_search import FRONTS, Found, TopologySearch
 from moe_jax.evolution import LayerTopology, hypervolume, is_non_dominated
 from moe_jax.evolution.population import OBJECTIVES
-from moe_jax.runs.bars import Bar
+from moe_jax.runs.bars import bar
 from moe_jax.training.evaluation import LOG2, bits_per_byte, compare_losses, document_interval
+from moe_jax.types import Topology
 
 UNTOUCHED = "untouched model"
 EVOLVED = ("GA, mask", "GA, budget")
 GENOMES = {"GA, budget": "budget in REAP order"}
 
 
-def compare_methods(search: TopologySearch, found: Mapping[str, list[Found]]) -> dict[str, Any]:
+def measure_losses(search: TopologySearch, found: Mapping[str, list[Found]]) -> dict[str, np.ndarray]:
+    """`[seeds, N]` summed losses of the test split by method, the untouched model's among them; fronts are left out."""
+    lab = search.lab
+    topologies = {UNTOUCHED: [lab.open_topology]}
+    topologies |= {name: [search.topology(run) for run in runs] for name, runs in found.items() if name not in FRONTS}
+    number = sum(map(len, topologies.values()))
+    with lab.timed("test"), bar(lab.display, "test split", number) as progress, ThreadPoolExecutor(2) as pool:
+
+        def loss(topology: Topology) -> np.ndarray:
+            nll, _ = lab.evaluate(search.model, lab.test, topology)
+            progress.advance()
+            return nll
+
+        # Two at a time keep two cores busy.
+        return {name: np.stack(list(pool.map(loss, group))) for name, group in topologies.items()}
+
+
+def compare_methods(
+    search: TopologySearch, found: Mapping[str, list[Found]], losses: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
     """Compares all methods.
+
+    Args:
+      search: what `found` was found with.
+      found: by method, a result per seed.
+      losses: from `measure_losses`.
 
     Returns:
       `results["search"]` of the report's schema, and beside it `chosen`: name and seed of the evolved topology and of
       the baseline with the lowest KL on the selection split.
     """
     lab, test = search.lab, search.lab.test
+    targets = test.is_scored.sum(1)
+    mean = {name: loss.mean(axis=0) for name, loss in losses.items()}
     single = {name: runs for name, runs in found.items() if name not in FRONTS}
-    with lab.timed("test"), lab.bar("test split", sum(map(len, single.values())) + 1) as progress:
+    with lab.timed("test"), bar(lab.display, "selection split, fronts", 2) as progress:
         methods = _describe(search, single)
-        nll_full, targets = lab.evaluate(search.model, test, lab.open_topology)
-        nlls = _losses(search, single, progress)
-        for row in methods:
-            loss = nlls[row["name"]].mean(axis=0)
-            row["test_bpb"] = (nlls[row["name"]].sum(axis=1) / targets.sum() / LOG2).tolist()
-            row["test_bpb_interval"] = list(document_interval(test, loss, targets)[1:])
-            estimate, *ends = document_interval(test, loss - nll_full, targets)
-            row["delta_vs_full"] = {"estimate": estimate, "interval": ends}
-        for row in methods:
-            if row["kind"] == "evolved":
-                row["comparisons"] = [
-                    {
-                        "against": rival,
-                        **compare_losses(test, nlls[row["name"]].mean(axis=0), nlls[rival].mean(axis=0), targets),
-                    }
-                    for rival in single
-                    if rival not in EVOLVED
-                ]
+        progress.advance()
         fronts = _fronts(search, found)
         progress.advance()
-    full = bits_per_byte(test, nll_full, targets)
+    for row in methods:
+        loss = mean[row["name"]]
+        row["test_bpb"] = (losses[row["name"]].sum(axis=1) / targets.sum() / LOG2).tolist()
+        row["test_bpb_interval"] = list(document_interval(test, loss, targets)[1:])
+        estimate, *ends = document_interval(test, loss - mean[UNTOUCHED], targets)
+        row["delta_vs_full"] = {"estimate": estimate, "interval": ends}
+        if row["kind"] == "evolved":
+            row["comparisons"] = [
+                {"against": rival, **compare_losses(test, loss, mean[rival], targets)}
+                for rival in single
+                if rival not in EVOLVED
+            ]
+    full = bits_per_byte(test, mean[UNTOUCHED], targets)
     reference = {
         "name": UNTOUCHED,
         "kind": "reference",
@@ -74,19 +96,6 @@ def compare_methods(search: TopologySearch, found: Mapping[str, list[Found]]) ->
         "chosen": {kind: _best_on_selection(methods, kind) for kind in ("evolved", "baseline")},
         **fronts,
     }
-
-
-def _losses(search: TopologySearch, found: Mapping[str, list[Found]], progress: Bar) -> dict[str, np.ndarray]:
-    """`[runs, N]` summed losses of the test split by method; two topologies at a time keep two cores busy."""
-    lab = search.lab
-
-    def loss(run: Found) -> np.ndarray:
-        nll, _ = lab.evaluate(search.model, lab.test, search.topology(run))
-        progress.advance()
-        return nll
-
-    with ThreadPoolExecutor(2) as pool:
-        return {name: np.stack(list(pool.map(loss, runs))) for name, runs in found.items()}
 
 
 def _describe(search: TopologySearch, found: Mapping[str, list[Found]]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ from moe_jax.data import (
 from moe_jax.models.decoder import Decoder, DecoderConfig
 from moe_jax.routing import full_topology
 from moe_jax.runs import ConfigError, MetricsWriter, RunFolder, read_json, section, write_json
-from moe_jax.runs.bars import Bar, bar
+from moe_jax.runs.bars import bar
 from moe_jax.training.evaluation import LOG2, make_evaluator
 from moe_jax.training.loop import TrainingConfig, train
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -66,10 +66,6 @@ class Lab:
         self.model_graphdef = nnx.graphdef(merge_model(self.graphdef, self.initial))
         self.evaluate = make_evaluator(self.model_graphdef, batch_size=32)
         self.open_topology = full_topology(self.model.num_moe_layers, self.model.num_experts, self.model.num_choices)
-
-    def bar(self, title: str, total: int, done: int = 0) -> AbstractContextManager[Bar]:
-        """A progress bar for one stage."""
-        return bar(self.display, title, total, done)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -145,7 +141,7 @@ def _continue_training(
         batches = train_batches(lab.splits["train"], lab.data, jax.random.fold_in(lab.key, 1), int(state.step), steps)
         if int(state.step) == steps:
             return state
-        with lab.bar(stage, steps, int(state.step)) as progress:
+        with bar(lab.display, stage, steps, int(state.step)) as progress:
 
             def record(step: int, values: dict[str, np.ndarray]) -> None:
                 writer.append(step, values)
@@ -181,7 +177,7 @@ def record_routing(lab: Lab, state: TrainState) -> dict:
     def route(state: nnx.State, tokens: jax.Array, mask: jax.Array) -> tuple:
         return nnx.merge(lab.model_graphdef, state)(tokens, mask, trace="full")[1]
 
-    with lab.timed("routing report"), lab.bar("routing report", 1) as progress:
+    with lab.timed("routing report"), bar(lab.display, "routing report", 1) as progress:
         routed = route(model_state(state), inputs, mask)
         length = inputs.shape[1]
         trace: RoutingTrace = trace_routing(

@@ -21,6 +21,7 @@ from moe_jax.evolution.study import EvolutionConfig, Study, make_study, run_gree
 from moe_jax.report import search_stage
 from moe_jax.routing import single_topology
 from moe_jax.runs import MetricsWriter, section, write_atomic
+from moe_jax.runs.bars import bar
 from moe_jax.training.loop import NonFiniteError
 from moe_jax.training.step import TrainState
 from moe_jax.types import Topology
@@ -75,7 +76,11 @@ class TopologySearch:
             for name in study.searches:
                 if name != LOCAL or seed == 0:
                     tasks[name, seed] = lambda name=name, seed=seed: self._population(name, seed)
-        with self.lab.timed("search"), self.lab.bar("search", len(tasks)) as progress, ThreadPoolExecutor(2) as pool:
+        with (
+            self.lab.timed("search"),
+            bar(self.lab.display, "search", len(tasks)) as progress,
+            ThreadPoolExecutor(2) as pool,
+        ):
 
             def run_one(task: tuple[str, int]) -> Found:
                 progress.show(None, f"{task[0]}, seed {task[1]}")

@@ -8,6 +8,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import numpy as np
 import pytest
 
 _CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "moe_jax" / "tests"
@@ -16,8 +17,17 @@ jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_C
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """The same random numbers for every test that asks."""
+    return np.random.default_rng(0)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips `parity` tests where the reference libraries are missing; with MOE_JAX_REQUIRE_PARITY=1 they fail."""
+    """Skips `parity` tests where torch or transformers is missing, which is most people's environment.
+
+    They are an extra of gigabytes. CI installs it and sets MOE_JAX_REQUIRE_PARITY=1, under which they fail instead.
+    """
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing and item.get_closest_marker("parity"):
         verdict = pytest.fail if os.environ.get("MOE_JAX_REQUIRE_PARITY") == "1" else pytest.skip

@@ -1,25 +1,19 @@
 """Held-out loss per sequence against a direct computation, for any number of sequences."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from moe_jax.data import Sequences
-from moe_jax.models.decoder import Decoder, DecoderConfig
+from moe_jax.models.decoder import Decoder
 from moe_jax.routing import single_topology
 from moe_jax.training.evaluation import bits_per_byte, compare_losses, make_evaluator
+from tests.tiny_model import TINY
 
-CONFIG = DecoderConfig(
-    vocab_size=20,
-    width=16,
-    layers=("moe",),
-    num_heads=2,
-    num_kv_heads=1,
-    num_experts=4,
-    expert_hidden=8,
-    backend="gather",
-)
+CONFIG = dataclasses.replace(TINY, vocab_size=20, layers=("moe",))
 
 
 @pytest.mark.parametrize("topology", [None, single_topology(np.eye(4, dtype=bool)[:1], [1])])

@@ -84,7 +84,20 @@ def synthetic_method(name, kind, kl, evaluations, num_seeds, **more):
     }
 
 
-def synthetic_results():
+def synthetic_data():
+    return {
+        "description": ["Split by document before anything else."],
+        "bytes": {split: dict.fromkeys(DOMAINS, size // 4) for split, size in SPLITS.items()},
+        "documents": {split: dict.fromkeys(DOMAINS, size // 6000) for split, size in SPLITS.items()},
+        "digests": dict.fromkeys(SPLITS, "0" * 64),
+        "sources": [
+            {"domain": name, "title": f"Synthetic {name}", "origin": "drawn at random", "licence": "CC0-1.0"}
+            for name in DOMAINS
+        ],
+    }
+
+
+def synthetic_search():
     comparison = {"against": "random search", "p_value": 0.0625, "win_rate": 1.0}
     better = comparison | {"difference": -0.04, "interval": [-0.05, -0.03], "verdict": "better"}
     tie = {
@@ -99,18 +112,55 @@ def synthetic_results():
     flops = np.sort(rng.uniform(0.6, 1.9, 24))
     front = np.stack([0.35 * (1.9 - flops) ** 2 + 0.02, flops, 1.5 + rng.random(24)], -1)
     return {
+        "description": ["Same repair, initialisation and search split for every method."],
+        "budget": {"evaluations": 2048, "experts_kept": 32, "seeds": 5},
+        "methods": [
+            synthetic_method("full model", "reference", 0.0, 0, 1),
+            synthetic_method("discrete GA", "evolved", 0.054, 2048, 5, comparisons=[better]),
+            synthetic_method("NSGA-II", "evolved", 0.058, 2048, 5, comparisons=[tie]),
+            synthetic_method("local search", "baseline", 0.060, 2048, 5),
+            synthetic_method("random search", "baseline", 0.110, 2048, 5),
+            synthetic_method("greedy removal", "baseline", 0.066, 1552, 1),
+            synthetic_method("REAP saliency", "baseline", 0.090, 1, 1),
+        ],
+        "objectives": ["KL to the full model, nats per byte", "active expert MFLOP per token", "max / mean load"],
+        "front": [
+            {"method": "NSGA-II", "seed": 0, "points": front[::2].tolist()},
+            {"method": "NSGA-II", "seed": 1, "points": front[1::2].tolist()},
+            {"method": "random search", "seed": 0, "points": (front[::3] + np.array([0.08, 0.05, 0.3])).tolist()},
+        ],
+        "full_model": [0.0, 2.0, 1.8],
+        "reference_point": [0.7, 2.1, 3.2],
+        "hypervolume": [
+            {"method": "NSGA-II", "evaluations": 2048, "values": [1.21, 1.24, 1.22, 1.25, 1.2]},
+            {"method": "random search", "evaluations": 2048, "values": [0.95, 0.99, 0.93, 1.01, 0.97]},
+        ],
+    }
+
+
+def synthetic_heal():
+    return [
+        {
+            "name": name,
+            "steps": 60,
+            "one_shot_bpb": one_shot,
+            "one_shot_interval": [one_shot - 0.02, one_shot + 0.02],
+            "healed_bpb": healed,
+            "healed_interval": [healed - 0.02, healed + 0.02],
+        }
+        for name, one_shot, healed in (
+            ("full model", 1.95, 1.93),
+            ("discrete GA", 2.01, 1.95),
+            ("REAP", 2.05, 1.96),
+        )
+    ]
+
+
+def synthetic_results():
+    return {
         "title": "SYNTHETIC RUN: numbers drawn at random to test the report",
         "summary": ["Nothing on this page was measured <b>&amp; the title says so</b>."],
-        "data": {
-            "description": ["Split by document before anything else."],
-            "bytes": {split: dict.fromkeys(DOMAINS, size // 4) for split, size in SPLITS.items()},
-            "documents": {split: dict.fromkeys(DOMAINS, size // 6000) for split, size in SPLITS.items()},
-            "digests": dict.fromkeys(SPLITS, "0" * 64),
-            "sources": [
-                {"domain": name, "title": f"Synthetic {name}", "origin": "drawn at random", "licence": "CC0-1.0"}
-                for name in DOMAINS
-            ],
-        },
+        "data": synthetic_data(),
         "model": {
             "parameters_total": 1_084_672,
             "parameters_active": 298_112,
@@ -129,46 +179,8 @@ def synthetic_results():
             split: {"all": value, **dict.fromkeys(DOMAINS, value), "interval": [value - 0.03, value + 0.03]}
             for split, value in (("train", 1.81), ("selection", 1.94), ("test", 1.95))
         },
-        "search": {
-            "description": ["Same repair, initialisation and search split for every method."],
-            "budget": {"evaluations": 2048, "experts_kept": 32, "seeds": 5},
-            "methods": [
-                synthetic_method("full model", "reference", 0.0, 0, 1),
-                synthetic_method("discrete GA", "evolved", 0.054, 2048, 5, comparisons=[better]),
-                synthetic_method("NSGA-II", "evolved", 0.058, 2048, 5, comparisons=[tie]),
-                synthetic_method("local search", "baseline", 0.060, 2048, 5),
-                synthetic_method("random search", "baseline", 0.110, 2048, 5),
-                synthetic_method("greedy removal", "baseline", 0.066, 1552, 1),
-                synthetic_method("REAP saliency", "baseline", 0.090, 1, 1),
-            ],
-            "objectives": ["KL to the full model, nats per byte", "active expert MFLOP per token", "max / mean load"],
-            "front": [
-                {"method": "NSGA-II", "seed": 0, "points": front[::2].tolist()},
-                {"method": "NSGA-II", "seed": 1, "points": front[1::2].tolist()},
-                {"method": "random search", "seed": 0, "points": (front[::3] + np.array([0.08, 0.05, 0.3])).tolist()},
-            ],
-            "full_model": [0.0, 2.0, 1.8],
-            "reference_point": [0.7, 2.1, 3.2],
-            "hypervolume": [
-                {"method": "NSGA-II", "evaluations": 2048, "values": [1.21, 1.24, 1.22, 1.25, 1.2]},
-                {"method": "random search", "evaluations": 2048, "values": [0.95, 0.99, 0.93, 1.01, 0.97]},
-            ],
-        },
-        "heal": [
-            {
-                "name": name,
-                "steps": 60,
-                "one_shot_bpb": one_shot,
-                "one_shot_interval": [one_shot - 0.02, one_shot + 0.02],
-                "healed_bpb": healed,
-                "healed_interval": [healed - 0.02, healed + 0.02],
-            }
-            for name, one_shot, healed in (
-                ("full model", 1.95, 1.93),
-                ("discrete GA", 2.01, 1.95),
-                ("REAP", 2.05, 1.96),
-            )
-        ],
+        "search": synthetic_search(),
+        "heal": synthetic_heal(),
         "timing": {"data": 4.1, "training": 160.2, "search": 92.7, "report": 6.3},
     }
 

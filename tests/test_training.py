@@ -45,6 +45,17 @@ def test_accumulation_equals_one_large_batch_losses_included(micro_batches):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6), *states)
 
 
+def test_the_compiled_initialisation_is_the_models_own():
+    rule = optax.adam(0.1)
+    graphdef, state = init_state(lambda key: Decoder(CONFIG, key=key), jax.random.key(7), rule)
+    model = Decoder(CONFIG, key=jax.random.key(7))
+    assert graphdef == nnx.graphdef(model)
+    params = nnx.state(model, nnx.Param)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state.params, params)
+    jax.tree.map(np.testing.assert_array_equal, state.opt_state, rule.init(params))
+    assert int(state.step) == 0
+
+
 def test_step_is_the_gradient_of_the_stated_loss():
     """One step of plain gradient descent equals the loss written out from the model's output."""
     config, tokens_mask = LossConfig(balance=0.5, z=0.1), batch(3)
