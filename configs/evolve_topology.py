@@ -56,7 +56,9 @@ def get_config() -> ConfigDict:
             "clip_norm": 1.0,
         }
     )
-    config.loss = ConfigDict({"balance": 0.01, "z": 1e-3, "bias_rate": 0.0, "micro_batches": 1})
+    config.loss = ConfigDict(
+        {"balance": 0.01, "z": 1e-3, "balancer": "none", "balancer_rate": 1e-3, "micro_batches": 1}
+    )
     config.training = ConfigDict({"steps": 2200, "checkpoint_every": 440, "heal_steps": 80})
     config.evolution = ConfigDict(
         {

@@ -62,7 +62,9 @@ class Lab:
         self.graphdef, self.initial = init_state(
             lambda key: Decoder(self.model, key=key), jax.random.fold_in(self.key, 0), optimizer
         )
-        self.step = make_train_step(self.graphdef, optimizer, _section(LossConfig, config, "loss"))
+        self.step = make_train_step(
+            self.graphdef, optimizer, _section(LossConfig, config, "loss"), jax.random.fold_in(self.key, 3)
+        )
         self.model_graphdef = nnx.graphdef(merge_model(self.graphdef, self.initial))
         self.evaluate = make_evaluator(self.model_graphdef, batch_size=32)
         self.open_topology = full_topology(self.model.num_moe_layers, self.model.num_experts, self.model.num_choices)

@@ -36,6 +36,56 @@ def static() -> Any:
 
 
 @_pytree
+class RoutingInputs:
+    """All that a routing rule may look at; `logits` is always there, the rest where the caller has it.
+
+    Attributes:
+      logits: `[T, E]` float32 router logits.
+      is_open: `[T, E]` bool, false for experts closed to a token, and on the whole row of a masked token; None means
+        that everything is open.
+      limit: `[T]` int32, the most experts that a token may use; None means no limit but the rule's own.
+      bias: `[E]` float32 that moves the selection and never the gates (2408.15664); None means zero.
+      level: `[]` float32, the number that the rule's controller steers, such as a threshold; None means its start.
+      noise_scale: `[T, E]` float32 standard deviation of the logits' noise, if the router module gives one.
+      token_ids: `[T]` int32 vocabulary ids of the tokens.
+      key: a PRNG key, consumed; None means evaluation: what is random in training is off.
+      num_sequences: B; the T tokens are B sequences of equal length, one after the other.
+    """
+
+    logits: Array
+    is_open: Array | None = None
+    limit: Array | None = None
+    bias: Array | None = None
+    level: Array | None = None
+    noise_scale: Array | None = None
+    token_ids: Array | None = None
+    key: Array | None = None
+    num_sequences: int = dataclasses.field(default=1, metadata={"static": True})
+
+
+@_pytree
+class Choice:
+    """A routing rule's answer, before capacity.
+
+    Attributes:
+      expert_ids: `[T, K]` int32 in `[0, E]`, `E` in empty slots; K may be larger than the choices asked for where a
+        rule gives tokens different numbers of experts.
+      gates: `[T, K]` float32; 0 in empty slots.
+      probabilities: `[T, E]` float32, each row a distribution over the token's open experts, or 0 for masked tokens.
+      load: `[T, E]` differentiable estimate that a token is sent to an expert, for the rules that have one.
+      priority: `[T]` float32; a higher one is served earlier when capacity is short. None serves by position.
+      capacity: the most tokens of any expert, if the rule itself promises one.
+    """
+
+    expert_ids: Array
+    gates: Array
+    probabilities: Array
+    load: Array | None = None
+    priority: Array | None = None
+    capacity: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+@_pytree
 class RoutingPlan:
     """Which experts process which token, and with what weight.
 
@@ -62,13 +112,15 @@ class RouterStats:
     Attributes:
       chosen: `[E]` assignments the rule asked for, before capacity.
       kept: `[E]` assignments that reach an expert.
-      prob_sums: `[E]` sum of the router's probabilities (the only field the balance loss differentiates).
+      prob_sums: `[E]` sum of the router's probabilities (what the load-balancing loss differentiates).
       entropy_sum: `[]` sum of the probabilities' entropies, nats.
       z_sum: `[]` sum of squared logsumexp of the logits.
       dropped_capacity: `[]` assignments lost because the expert was full.
-      dropped_topology: `[]` assignments lost because the topology leaves fewer experts than choices.
+      dropped_topology: `[]` assignments that a rule of fixed K lost since the topology leaves fewer experts open.
       num_tokens: `[]` tokens routed.
       num_masked: `[]` tokens masked out.
+      gate_sums: `[E]` sum of the gates before capacity: the importance of 1701.06538, eq. 6.
+      load_sums: `[E]` the rule's differentiable estimate of `chosen`, or `chosen` itself if it has none.
     """
 
     chosen: Array
@@ -80,6 +132,8 @@ class RouterStats:
     dropped_topology: Array
     num_tokens: Array
     num_masked: Array
+    gate_sums: Array
+    load_sums: Array
 
 
 @_pytree

@@ -236,7 +236,7 @@ def test_active_flops_by_hand():
     [
         ("width", 18, "width=18 must be num_heads=4"),
         ("num_kv_heads", 3, "must be a multiple of num_kv_heads=3"),
-        ("num_choices", 6, r"num_choices=6 must be in \[1, num_experts=5\]"),
+        ("num_choices", 6, r"num_choices must be in \[1, 5\] for 5 experts, got 6"),
         ("layers", (), "non-empty tuple"),
         ("layers", ("moe", "sparse"), "'dense' and 'moe'"),
     ],

@@ -29,7 +29,7 @@ def slow_saliency(model):
         block = model.layer(index)
         normed = leaf(block.attend(hidden, MASK)[1])
         kernel = leaf(block.feed_forward.router.kernel[...])
-        bias = leaf(block.feed_forward.router.bias[...])
+        bias = leaf(block.feed_forward.bias[...])
         w_in, w_out = (leaf(part[...]) for part in (block.feed_forward.experts.w_in, block.feed_forward.experts.w_out))
         for values in rows.values():
             values.append(np.zeros(CONFIG.num_experts))
@@ -51,7 +51,7 @@ def slow_saliency(model):
 def model():
     """A model whose first MoE layer never chooses expert 3."""
     model = Decoder(CONFIG, key=jax.random.key(0))
-    bias = model.stacks[1].feed_forward.router.bias
+    bias = model.stacks[1].feed_forward.bias
     bias[...] = bias[...].at[0, 3].set(-10.0)
     return model
 

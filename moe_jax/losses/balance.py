@@ -15,7 +15,7 @@ def load_fractions(stats: RouterStats) -> Array:
     return stats.chosen / jnp.maximum(stats.chosen.sum(-1, keepdims=True), 1.0)
 
 
-def load_balancing_loss(stats: RouterStats, fractions: Array | None = None) -> Array:
+def load_balancing_loss(stats: RouterStats) -> Array:
     """`E * sum_e f_e P_e` (Switch 2101.03961, eq. 4-6); 1 at perfect balance, E at total collapse.
 
     f is the share of assignments (no gradient), P the mean router probability. With K > 1, f counts all K choices
@@ -23,12 +23,11 @@ def load_balancing_loss(stats: RouterStats, fractions: Array | None = None) -> A
 
     Args:
       stats: leading axes free, experts last.
-      fractions: `[..., E]` f of a larger batch, when `stats` is one of its micro-batches; None takes f from `stats`.
 
     Returns:
       `[...]` one loss per leading index.
     """
-    fractions = jax.lax.stop_gradient(load_fractions(stats) if fractions is None else fractions)
+    fractions = jax.lax.stop_gradient(load_fractions(stats))
     mean_probabilities = stats.prob_sums / jnp.maximum(stats.num_tokens, 1.0)[..., None]
     return fractions.shape[-1] * jnp.sum(fractions * mean_probabilities, axis=-1)
 

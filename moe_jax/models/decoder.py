@@ -7,20 +7,22 @@ stacked in one set of arrays with a leading axis and scanned, so compile time do
 
 import dataclasses
 import itertools
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import FrozenDict
 
 from moe_jax.nn.attention import Attention
 from moe_jax.nn.block import Block, RMSNorm
 from moe_jax.nn.experts import SwiGLUExperts
 from moe_jax.nn.feed_forward import FeedForward
-from moe_jax.nn.moe import MoELayer
+from moe_jax.nn.moe import MoELayer, Setting, StatsLevel
 from moe_jax.nn.router import LinearRouter
-from moe_jax.routing import keep_trace
-from moe_jax.types import Array, RouterOutput, Topology, TraceLevel
+from moe_jax.routing import Balancer, check_choices, get_rule, keep_trace
+from moe_jax.types import Array, RouterOutput, RouterStats, Topology, TraceLevel
 
 LayerKind = Literal["dense", "moe"]
 
@@ -40,11 +42,15 @@ class DecoderConfig:
       expert_hidden: F, the hidden width of one expert.
       num_choices: K.
       rule: a name in `routing.RULES`.
+      rule_settings: settings of the rule, such as `{"scale": 2.5}`.
+      allow_noncausal: whether the rule may let a token's routing depend on later tokens or on other sequences: such a
+        model cannot generate as it was trained, and its training loss flatters it.
       backend: a name in `dispatch.BACKENDS`.
       context: preceding tokens whose embeddings, one table per distance, are added to a token's own; 0 is the usual
         decoder. Bytes say little alone, and a short context at the input spares attention learning to look back (the
         hash n-gram embeddings of 2412.09871, section 3.2.1, without the hash).
       capacity_factor: rows per expert relative to perfect balance; None drops nothing.
+      stats_level: what router statistics are summed over; below "batch" they get an axis of sequences or tokens.
       compute_dtype: dtype of activations and matmuls; parameters, router, norms' sums and read-out stay float32.
     """
 
@@ -58,9 +64,12 @@ class DecoderConfig:
     expert_hidden: int = 48
     num_choices: int = 2
     rule: str = "softmax_top_k_renormalized"
+    rule_settings: Mapping[str, Setting] = FrozenDict()
+    allow_noncausal: bool = False
     backend: str = "blocked"
     context: int = 0
     capacity_factor: float | None = None
+    stats_level: StatsLevel = "batch"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
@@ -69,8 +78,14 @@ class DecoderConfig:
             raise ValueError(f"width={self.width} must be num_heads={self.num_heads} times an even head width")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
-        if not 1 <= self.num_choices <= self.num_experts:
-            raise ValueError(f"num_choices={self.num_choices} must be in [1, num_experts={self.num_experts}]")
+        object.__setattr__(self, "rule_settings", FrozenDict(self.rule_settings))  # hashable, as the structure must be
+        rule = get_rule(self.rule, **self.rule_settings)
+        check_choices(rule, self.num_choices, self.num_experts, self.rule)
+        if not (rule.is_causal or self.allow_noncausal):
+            raise ValueError(
+                f"rule={self.rule!r} lets a token's routing depend on later tokens or other sequences, which a "
+                "language model does not have when it generates; say allow_noncausal=True if you want that"
+            )
         if not self.layers or set(self.layers) - {"dense", "moe"}:
             raise ValueError(f"layers={self.layers} must be a non-empty tuple of 'dense' and 'moe'")
 
@@ -103,8 +118,10 @@ def _init_block(config: DecoderConfig, kind: LayerKind, key: Array) -> Block:
         experts,
         num_choices=config.num_choices,
         rule=config.rule,
+        rule_settings=config.rule_settings,
         backend=config.backend,
         capacity_factor=config.capacity_factor,
+        stats_level=config.stats_level,
     )
     return Block(attention, moe, config.width)
 
@@ -138,6 +155,8 @@ class Decoder(nnx.Module):
         topology: Topology | None = None,
         token_groups: Array | None = None,
         trace: TraceLevel = "stats",
+        *,
+        key: Array | None = None,
     ) -> tuple[Array, RouterOutput]:
         """Next-token logits.
 
@@ -147,12 +166,21 @@ class Decoder(nnx.Module):
           topology: `keep [L, G, E]`, `num_choices [L, G]` over the MoE layers, or None.
           token_groups: `[B]` or `[B, S]` int32 group of each sequence or token; needed when G > 1.
           trace: how much of the routing to return.
+          key: consumed by routers that draw in training; None means evaluation.
 
         Returns:
           `[B, S, V]` float32 logits, and the router output with a leading `[L]` over the MoE layers.
         """
         x, routed = self.run_layers(
-            self.embed(tokens, token_mask), 0, len(self.config.layers), token_mask, topology, token_groups, trace
+            self.embed(tokens, token_mask),
+            0,
+            len(self.config.layers),
+            token_mask,
+            topology,
+            token_groups,
+            trace,
+            token_ids=tokens,
+            key=key,
         )
         return self.logits(x), routed
 
@@ -188,6 +216,9 @@ class Decoder(nnx.Module):
         topology: Topology | None = None,
         token_groups: Array | None = None,
         trace: TraceLevel = "stats",
+        *,
+        token_ids: Array | None = None,
+        key: Array | None = None,
     ) -> tuple[Array, RouterOutput]:
         """Layers `start` to `stop` alone, so that what several candidates share is computed once.
 
@@ -199,6 +230,8 @@ class Decoder(nnx.Module):
           topology: over all L MoE layers of the model, as in `__call__`.
           token_groups: as in `__call__`.
           trace: as in `__call__`.
+          token_ids: `[B, S]` int, what `x` began as; needed by rules that route by vocabulary id.
+          key: as in `__call__`.
 
         Returns:
           `[B, S, D]` and the router output of the MoE layers passed, with a leading axis; fields are None if none was.
@@ -219,17 +252,51 @@ class Decoder(nnx.Module):
                     lambda leaf, a=routed_before, b=routed_before + high - low: leaf[a:b], topology
                 )
 
-            def body(x: Array, layer: tuple[Block, Topology | None]) -> tuple[Array, RouterOutput | None]:
-                block, topology = layer
-                x, routed = block(x, token_mask, topology, token_groups)
+            keys = None
+            if key is not None:
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(first + low, first + high))
+
+            def body(x: Array, layer: tuple[Block, Topology | None, Array | None]) -> tuple[Array, RouterOutput | None]:
+                block, topology, layer_key = layer
+                x, routed = block(x, token_mask, topology, token_groups, token_ids=token_ids, key=layer_key)
                 return x, None if routed is None else keep_trace(routed, trace)
 
-            x, routed = jax.lax.scan(body, x, (part, layer_topology))
+            x, routed = jax.lax.scan(body, x, (part, layer_topology, keys))
             if routed is not None:
                 outputs.append(routed)
         if not outputs:
             return x, RouterOutput(None, None, None)
         return x, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
+
+    def update_balance(self, stats: RouterStats, balancer: Balancer) -> None:
+        """Moves the routers' balance state after an optimizer step, in place.
+
+        Args:
+          stats: sums over the whole optimizer step, with a leading `[L]`.
+          balancer: moves the selection biases; see `routing.BALANCERS`.
+        """
+        for layers, part in self._routed_stacks(stats):
+            moved = jax.vmap(lambda layer, sums: layer.next_balance(sums, balancer))(layers, part)
+            for name, value in moved.items():
+                getattr(layers, name)[...] = value
+
+    def router_penalty(self, stats: RouterStats) -> Array:
+        """`[L]` losses that the rules themselves ask for, from stats `[L, ...]`; 0 for most rules."""
+        return jnp.concatenate(
+            [
+                jax.vmap(lambda layer, sums: layer.penalty(sums))(layers, part)
+                for layers, part in self._routed_stacks(stats)
+            ]
+        )
+
+    def _routed_stacks(self, stats: RouterStats) -> Iterator[tuple[MoELayer, RouterStats]]:
+        """Each stack's MoE layers with their part of the stats."""
+        start = 0
+        for stack, (kind, group) in zip(self.stacks, _runs(self.config.layers), strict=True):
+            if kind == "moe":
+                stop = start + len(group)
+                yield stack.feed_forward, jax.tree.map(lambda leaf, a=start, b=stop: leaf[a:b], stats)
+                start = stop
 
 
 def _runs(layers: tuple[LayerKind, ...]) -> list[tuple[LayerKind, list[tuple[int, LayerKind]]]]:

@@ -36,11 +36,14 @@ class Block(nnx.Module):
         token_mask: Array | None = None,
         topology: Topology | None = None,
         token_groups: Array | None = None,
+        *,
+        token_ids: Array | None = None,
+        key: Array | None = None,
     ) -> tuple[Array, RouterOutput | None]:
         """Arguments as `MoELayer`; the second result is None for a dense block."""
         x, normed = self.attend(x, token_mask)
         if isinstance(self.feed_forward, MoELayer):
-            mixed, routed = self.feed_forward(normed, token_mask, topology, token_groups)
+            mixed, routed = self.feed_forward(normed, token_mask, topology, token_groups, token_ids=token_ids, key=key)
             return x + mixed, routed
         return x + self.feed_forward(normed), None
 

@@ -39,6 +39,11 @@ class SwiGLUExperts(nnx.Module):
         self.w_in = nnx.Param(jax.random.normal(in_key, (num_experts, width, 2 * hidden)) * width**-0.5)
         self.w_out = nnx.Param(jax.random.normal(out_key, (num_experts, hidden, width)) * output_scale * hidden**-0.5)
 
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.w_out.shape[0]
+
     def parameters(self, dtype: jnp.dtype) -> dict[str, Array]:
         """The stacked parameters cast for computing; what a dispatch backend takes."""
         return {"w_in": self.w_in[...].astype(dtype), "w_out": self.w_out[...].astype(dtype)}

@@ -2,7 +2,7 @@
 
 GShard (2006.16668) and Switch (2101.03961, eq. 3) give every expert `C = ceil(factor * T * K / E)` rows. First
 choices are served before second choices (GShard's order), earlier tokens before later ones; whoever comes after
-row C is dropped.
+row C is dropped. Batch-prioritised routing (2106.05974, section 4) serves tokens by a priority instead.
 """
 
 import math
@@ -27,19 +27,23 @@ def expert_capacity(num_tokens: int, num_experts: int, num_choices: int, factor:
     return min(num_tokens, max(1, math.ceil(factor * num_tokens * num_choices / num_experts)))
 
 
-def drop_over_capacity(expert_ids: Array, num_experts: int, capacity: int) -> Array:
+def drop_over_capacity(expert_ids: Array, num_experts: int, capacity: int, priority: Array | None = None) -> Array:
     """Replaces by the sentinel `E` every assignment beyond its expert's capacity.
 
     Args:
       expert_ids: `[T, K]` int32 in `[0, E]`.
       num_experts: E.
       capacity: C, static.
+      priority: `[T]` float32; among choices of one rank, tokens with a higher one are served first, ties by position.
+        None serves by position.
 
     Returns:
       `[T, K]` int32 with at most C assignments per expert; empty slots take no capacity.
     """
     num_tokens, num_choices = expert_ids.shape
-    by_choice = expert_ids.T.reshape(-1)  # (T, K) -> (K*T,): first choices of all tokens come first
+    order = None if priority is None else jnp.argsort(-priority, stable=True)
+    served = expert_ids if order is None else expert_ids[order]
+    by_choice = served.T.reshape(-1)  # (T, K) -> (K*T,): first choices of all tokens come first
     rank, _ = rank_in_expert(by_choice, num_experts)
-    kept = jnp.where(rank < capacity, by_choice, num_experts)
-    return kept.reshape(num_choices, num_tokens).T
+    kept = jnp.where(rank < capacity, by_choice, num_experts).reshape(num_choices, num_tokens).T
+    return kept if order is None else jnp.zeros_like(kept).at[order].set(kept, unique_indices=True)

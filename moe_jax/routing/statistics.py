@@ -1,10 +1,12 @@
 """Sum-form statistics of one routing decision; see `types.RouterStats` for the fields."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from moe_jax.routing.rules import CLOSED
-from moe_jax.types import Array, RouterStats
+from moe_jax.routing.scores import CLOSED
+from moe_jax.types import Array, Choice, RouterStats, RoutingInputs
 
 
 def count_assignments(expert_ids: Array, num_experts: int) -> Array:
@@ -14,45 +16,76 @@ def count_assignments(expert_ids: Array, num_experts: int) -> Array:
 
 
 def router_stats(
-    logits: Array,
-    probabilities: Array,
-    chosen_ids: Array,
+    inputs: RoutingInputs,
+    choice: Choice,
     kept_ids: Array,
     *,
-    is_open: Array | None,
-    limit: Array | None,
+    asked: Array | None,
     token_mask: Array | None,
+    num_groups: int | None = None,
 ) -> RouterStats:
     """Sums over the unmasked tokens.
 
     Args:
-      logits: `[T, E]` float32.
-      probabilities: `[T, E]` softmax over the open experts, 0 for masked tokens.
-      chosen_ids: `[T, K]` the rule's choice, before capacity.
+      inputs: what the rule saw.
+      choice: what it chose, before capacity.
       kept_ids: `[T, K]` the choice that is dispatched.
-      is_open: `[T, E]` bool, false on masked tokens' rows; None means all open.
-      limit: `[T]` int32 choices asked of the topology; None means K.
+      asked: `[T]` choices that each token should have got, for rules of fixed K; None if nothing was promised.
       token_mask: `[T]` bool, false for masked tokens; None means none is masked.
+      num_groups: None sums over all tokens; n gives sums over each of n equal runs of tokens, with a leading `[n]`.
     """
-    num_tokens, num_experts = logits.shape
-    num_choices = chosen_ids.shape[1]
-    is_token = jnp.ones((num_tokens,), bool) if token_mask is None else token_mask
-    open_logits = logits if is_open is None else jnp.where(is_open, logits, CLOSED)
-    has_choice = is_token if is_open is None else is_token & is_open.any(-1)
+    is_token = jnp.ones(inputs.logits.shape[:1], bool) if token_mask is None else token_mask
+    open_logits = inputs.logits if inputs.is_open is None else jnp.where(inputs.is_open, inputs.logits, CLOSED)
+    has_choice = is_token if inputs.is_open is None else is_token & inputs.is_open.any(-1)
     log_normalizer = jnp.where(has_choice, jax.nn.logsumexp(open_logits, axis=-1), 0.0)
-    entropy = log_normalizer - jnp.sum(probabilities * open_logits, axis=-1)
-    chosen = count_assignments(chosen_ids, num_experts)
-    kept = count_assignments(kept_ids, num_experts)
-    asked = num_choices if limit is None else jnp.minimum(limit, num_choices)
-    tokens = is_token.sum(dtype=jnp.float32)
+    p = choice.probabilities
+    per_token = _PerToken(
+        is_token=is_token,
+        chosen_ids=choice.expert_ids,
+        kept_ids=kept_ids,
+        gates=choice.gates,
+        probabilities=p,
+        entropy=-jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1.0)), axis=-1),
+        log_normalizer=log_normalizer,
+        asked=None if asked is None else asked * is_token,
+        load=choice.load,
+    )
+    if num_groups is None:
+        return _sum_tokens(per_token)
+    groups = jax.tree.map(lambda x: x.reshape(num_groups, -1, *x.shape[1:]), per_token)
+    return jax.vmap(_sum_tokens)(groups)
+
+
+class _PerToken(NamedTuple):
+    """What is summed, each array with a leading `[T]`."""
+
+    is_token: Array
+    chosen_ids: Array
+    kept_ids: Array
+    gates: Array
+    probabilities: Array
+    entropy: Array
+    log_normalizer: Array
+    asked: Array | None
+    load: Array | None
+
+
+def _sum_tokens(tokens: _PerToken) -> RouterStats:
+    num_experts = tokens.probabilities.shape[-1]
+    is_chosen = tokens.chosen_ids[:, :, None] == jnp.arange(num_experts)[None, None, :]
+    chosen = is_chosen.sum((0, 1), dtype=jnp.float32)
+    kept = count_assignments(tokens.kept_ids, num_experts)
+    num_tokens = tokens.is_token.sum(dtype=jnp.float32)
     return RouterStats(
         chosen=chosen,
         kept=kept,
-        prob_sums=probabilities.sum(0),
-        entropy_sum=entropy.sum(),
-        z_sum=jnp.square(log_normalizer).sum(),
+        prob_sums=tokens.probabilities.sum(0),
+        entropy_sum=tokens.entropy.sum(),
+        z_sum=jnp.square(tokens.log_normalizer).sum(),
         dropped_capacity=(chosen - kept).sum(),
-        dropped_topology=jnp.sum(is_token * asked, dtype=jnp.float32) - chosen.sum(),
-        num_tokens=tokens,
-        num_masked=num_tokens - tokens,
+        dropped_topology=jnp.float32(0) if tokens.asked is None else tokens.asked.sum(dtype=jnp.float32) - chosen.sum(),
+        num_tokens=num_tokens,
+        num_masked=tokens.is_token.shape[0] - num_tokens,
+        gate_sums=jnp.where(is_chosen, tokens.gates[:, :, None], 0.0).sum((0, 1)),
+        load_sums=chosen if tokens.load is None else tokens.load.sum(0),
     )

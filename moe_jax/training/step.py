@@ -1,9 +1,10 @@
 """One optimizer step as a pure function of state and batch.
 
-Gradient accumulation is exact, balance loss included. The balance loss `E sum_e f_e P_e` couples micro-batches through
-f, the assignment shares of the whole batch; f carries no gradient, so a forward pass over all micro-batches finds it
-first, and with f fixed the loss is a plain sum over micro-batches. (Averaging the balance losses of micro-batches, as
-is common, optimises a different and stricter loss; see 2501.11873.) One micro-batch needs no extra pass.
+Gradient accumulation is exact, router losses included. They are functions of sums over the whole batch, and couple
+micro-batches through them. A forward pass over all micro-batches finds the sums first, and the slope of the losses at
+these sums; with the slope fixed, each micro-batch adds its own sums times the slope, and the gradients add up to that
+of the whole batch. (Averaging the balance losses of micro-batches, as is common, optimises a different and stricter
+loss; see 2501.11873.) One micro-batch needs no extra pass.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from flax import nnx
 
 from moe_jax.losses import cross_entropy, load_balancing_loss, load_fractions, router_z_loss
 from moe_jax.nn.router import Balance
-from moe_jax.routing import update_bias
+from moe_jax.routing import get_balancer
 from moe_jax.types import Array, ArrayTree, RouterStats, Topology
 
 
@@ -27,13 +28,15 @@ class LossConfig:
     Attributes:
       balance: weight of the load-balancing loss, averaged over layers.
       z: weight of the router z-loss, averaged over layers.
-      bias_rate: step of the aux-loss-free selection bias per optimizer step; 0 leaves it at zero.
+      balancer: what moves the selection bias after each optimizer step, a name in `routing.BALANCERS`.
+      balancer_rate: its step size.
       micro_batches: parts a batch is cut into; the result does not depend on it, memory does.
     """
 
     balance: float = 0.01
     z: float = 1e-3
-    bias_rate: float = 0.0
+    balancer: str = "none"
+    balancer_rate: float = 1e-3
     micro_batches: int = 1
 
 
@@ -79,62 +82,71 @@ def merge_model(graphdef: nnx.GraphDef, state: TrainState) -> nnx.Module:
     return nnx.merge(graphdef, state.params, state.balance)
 
 
-def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: LossConfig) -> TrainStep:
+def make_train_step(
+    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: LossConfig, key: Array | None = None
+) -> TrainStep:
     """The step as a pure function, to be jitted with a donated state.
 
     Args:
-      graphdef: structure of a model called as `model(tokens, token_mask) -> (logits, RouterOutput)`.
+      graphdef: structure of a model called as `model(tokens, token_mask, topology, key=key) -> (logits, RouterOutput)`;
+        if it routes, with `update_balance` and `router_penalty` as in `models.decoder.Decoder`.
       optimizer: acts on the parameters only.
       config: loss weights and micro-batches.
+      key: what routers draw from, a fresh one for each step; None trains without their noise.
 
     Returns:
       A function of the state, `tokens [B, S+1]` int32, `mask [B, S+1]` bool and the topology to train under (`keep
       [L, 1, E]`; None for everything open). Metrics: scalars `loss`,
       `cross_entropy` (nats per token), `grad_norm`, and per MoE layer `balance_loss [L]`, `z_loss [L]`, `load [L, E]`
       (assignment shares) and `dropped [L]` (share of the choices lost to full experts).
+
+    Raises:
+      ValueError: an unknown balancer.
     """
-
-    def forward(
-        params: nnx.State, balance: nnx.State, tokens: Array, mask: Array, topology: Topology | None
-    ) -> tuple[Array, RouterStats | None]:
-        model = nnx.merge(graphdef, params, balance)
-        logits, routed = model(tokens[:, :-1], mask[:, :-1], topology)
-        return jnp.sum(cross_entropy(logits, tokens[:, 1:]) * _is_target(mask)), routed.stats
-
-    def objective(
-        params: nnx.State,
-        balance: nnx.State,
-        tokens: Array,
-        mask: Array,
-        topology: Topology | None,
-        whole: RouterStats | None,
-        targets: Array,
-    ) -> tuple[Array, tuple[Array, RouterStats | None]]:
-        nll, stats = forward(params, balance, tokens, mask, topology)
-        loss = nll / targets
-        if stats is not None:  # a model without MoE layers has nothing to balance
-            share = stats if whole is None else dataclasses.replace(stats, num_tokens=whole.num_tokens)
-            fractions = None if whole is None else load_fractions(whole)
-            loss += config.balance * load_balancing_loss(share, fractions).mean()
-            loss += config.z * router_z_loss(share).mean()
-        return loss, (nll, stats)
+    balancer = get_balancer(config.balancer, config.balancer_rate)
 
     def train_step(
         state: TrainState, tokens: Array, mask: Array, topology: Topology | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
+        def forward(
+            params: nnx.State, tokens: Array, mask: Array, key: Array | None
+        ) -> tuple[Array, RouterStats | None]:
+            model = nnx.merge(graphdef, params, state.balance)
+            logits, routed = model(tokens[:, :-1], mask[:, :-1], topology, key=key)
+            return jnp.sum(cross_entropy(logits, tokens[:, 1:]) * _is_target(mask)), routed.stats
+
+        def router_loss(stats: RouterStats | None) -> Array:
+            if stats is None:  # a model without MoE layers has nothing to balance
+                return jnp.float32(0)
+            loss = config.balance * load_balancing_loss(stats) + config.z * router_z_loss(stats)
+            return jnp.mean(loss + nnx.merge(graphdef, state.params, state.balance).router_penalty(stats))
+
         targets = jnp.maximum(_is_target(mask).sum(dtype=jnp.float32), 1.0)
-        gradient = jax.value_and_grad(objective, has_aux=True)
+        step_key = None if key is None else jax.random.fold_in(key, state.step)
         if config.micro_batches == 1:
-            (loss, (nll, stats)), grads = gradient(state.params, state.balance, tokens, mask, topology, None, targets)
+
+            def objective(params: nnx.State) -> tuple[Array, tuple[Array, RouterStats | None]]:
+                nll, stats = forward(params, tokens, mask, step_key)
+                return nll / targets + router_loss(stats), (nll, stats)
+
+            grads, (nll, stats) = jax.grad(objective, has_aux=True)(state.params)
         else:
-            parts = tuple(_micro_batches(x, config.micro_batches) for x in (tokens, mask))
-            whole = _sum_over(lambda x, m: forward(state.params, state.balance, x, m, topology)[1], parts)
-            (loss, (nll, stats)), grads = _sum_over(
-                lambda x, m: gradient(state.params, state.balance, x, m, topology, whole, targets), parts
-            )
+            keys = None if step_key is None else jax.random.split(step_key, config.micro_batches)
+            parts = (*(_micro_batches(x, config.micro_batches) for x in (tokens, mask)), keys)
+            slope = jax.grad(router_loss)(_sum_over(lambda *part: forward(state.params, *part)[1], parts))
+
+            def share(params: nnx.State, *part: Array) -> tuple[Array, tuple[Array, RouterStats | None]]:
+                nll, stats = forward(params, *part)
+                return nll / targets + optax.tree.vdot(slope, stats), (nll, stats)
+
+            grads, (nll, stats) = _sum_over(lambda *part: jax.grad(share, has_aux=True)(state.params, *part), parts)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics = {
+            "loss": nll / targets + router_loss(stats),
+            "cross_entropy": nll / targets,
+            "grad_norm": optax.tree.norm(grads),
+        }
         balance = state.balance
-        metrics = {"loss": loss, "cross_entropy": nll / targets, "grad_norm": optax.tree.norm(grads)}
         if stats is not None:
             metrics |= {
                 "balance_loss": load_balancing_loss(stats),
@@ -142,28 +154,12 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
                 "load": load_fractions(stats),
                 "dropped": stats.dropped_capacity / jnp.maximum(stats.chosen.sum(-1), 1.0),
             }
-            if config.bias_rate:
-                balance = update_balance(balance, stats, config.bias_rate)
+            model = nnx.merge(graphdef, state.params, state.balance)
+            model.update_balance(stats, balancer)
+            balance = nnx.state(model, Balance)
         return TrainState(optax.apply_updates(state.params, updates), balance, opt_state, state.step + 1), metrics
 
     return train_step
-
-
-def update_balance(balance: nnx.State, stats: RouterStats, rate: float) -> nnx.State:
-    """Moves every layer's selection bias by `routing.update_bias`.
-
-    Args:
-      balance: the model's Balance state, leaves `[L_i, E]` in layer order.
-      stats: of the whole optimizer step, with a leading `[L]`, L the sum of the L_i.
-      rate: see `routing.update_bias`.
-    """
-    leaves, structure = jax.tree.flatten(balance)
-    moved, start = [], 0
-    for bias in leaves:
-        stop = start + bias.shape[0]
-        moved.append(update_bias(bias, jax.tree.map(lambda leaf, a=start, b=stop: leaf[a:b], stats), rate))
-        start = stop
-    return jax.tree.unflatten(structure, moved)
 
 
 def _is_target(mask: Array) -> Array:
@@ -178,8 +174,10 @@ def _micro_batches(x: Array, parts: int) -> Array:
     return x.reshape(parts, -1, *x.shape[1:])
 
 
-def _sum_over(function: Callable[[Array, Array], ArrayTree], parts: tuple[Array, ...]) -> ArrayTree:
+def _sum_over(function: Callable[..., ArrayTree], parts: tuple[Array | None, ...]) -> ArrayTree:
     """Sum of `function(*part)` over the leading axis of `parts`, holding one result and one running sum."""
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *(p[0] for p in parts)))
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *jax.tree.map(lambda p: p[0], parts))
+    )
     total, _ = jax.lax.scan(lambda acc, part: (jax.tree.map(jnp.add, acc, function(*part)), None), zeros, parts)
     return total

@@ -1,0 +1,112 @@
+"""The whole of routing: a rule between the constraints that hold for every rule and the statistics of what it did."""
+
+from typing import get_args
+
+import jax.numpy as jnp
+
+from moe_jax.routing.capacity import drop_over_capacity
+from moe_jax.routing.rule import Rule, check_choices
+from moe_jax.routing.statistics import router_stats
+from moe_jax.routing.topology import open_experts
+from moe_jax.types import Array, RouterOutput, RoutingInputs, RoutingPlan, Topology, TraceLevel
+
+
+def route(
+    logits: Array,
+    rule: Rule,
+    *,
+    num_choices: int,
+    bias: Array | None = None,
+    level: Array | None = None,
+    noise_scale: Array | None = None,
+    topology: Topology | None = None,
+    token_groups: Array | None = None,
+    token_mask: Array | None = None,
+    token_ids: Array | None = None,
+    num_sequences: int = 1,
+    key: Array | None = None,
+    capacity: int | None = None,
+    stats_groups: int | None = None,
+) -> RouterOutput:
+    """Routes tokens: constraints, rule, capacity, statistics.
+
+    Args:
+      logits: `[T, E]` router logits; computed in float32 whatever comes in.
+      rule: an entry of `RULES`, or one's own.
+      num_choices: K, static.
+      bias: `[E]` float32 selection bias, or None.
+      level: `[]` float32 level of the rule's controller; None means its start.
+      noise_scale: `[T, E]` float32 standard deviation of logit noise, for the rules that add it; None means the rule's.
+      topology: one layer's topology (`keep [G, E]`, `num_choices [G]`), or None for everything open.
+      token_groups: `[T]` int32 group of each token; needed when the topology has several groups.
+      token_mask: `[T]` bool, false for tokens that must take no capacity, no rows, no loss and no statistics.
+      token_ids: `[T]` int32 vocabulary ids, for the rules that need them.
+      num_sequences: B, static; T is B sequences of equal length, for rules that work within a sequence.
+      key: consumed by rules that draw; None means evaluation, where training's noise is off.
+      capacity: C, static; None drops nothing that the rule itself does not drop.
+      stats_groups: None sums statistics over all tokens; n, static, over each of n equal runs of tokens (B for
+        sequences, T for tokens), which then have a leading `[n]`.
+
+    Returns:
+      The plan (`[T, K]`), the float32 logits and the statistics.
+
+    Raises:
+      ValueError: a K that E or the rule does not allow, a capacity below 1, a mask or ids of another shape, a topology
+        whose groups are not told apart, or a rule without the token ids that it needs.
+    """
+    num_tokens, num_experts = logits.shape
+    check_choices(rule, num_choices, num_experts)
+    if capacity is not None and capacity < 1:
+        raise ValueError(f"capacity must be at least 1, got {capacity}; use None for dropless routing")
+    for name, array in {"token_mask": token_mask, "token_ids": token_ids, "token_groups": token_groups}.items():
+        if array is not None and array.shape != (num_tokens,):
+            raise ValueError(f"{name} must be [{num_tokens}] for logits {logits.shape}, got {array.shape}")
+    if rule.needs_token_ids and token_ids is None:
+        raise ValueError("this rule chooses by vocabulary id: give token_ids [T]")
+    for name, parts in {"num_sequences": num_sequences, "stats_groups": stats_groups or 1}.items():
+        if num_tokens % parts:
+            raise ValueError(f"{name}={parts} does not divide the {num_tokens} tokens into equal parts")
+
+    is_open, limit = None, None
+    if topology is not None:
+        is_open, limit = open_experts(topology, token_groups, num_tokens)
+    if token_mask is not None:
+        everywhere = jnp.broadcast_to(token_mask[:, None], logits.shape)
+        is_open = everywhere if is_open is None else is_open & everywhere
+    if level is None and rule.controller is not None:
+        level = jnp.float32(rule.controller.start)
+    logits = logits.astype(jnp.float32)
+    inputs = RoutingInputs(logits, is_open, limit, bias, level, noise_scale, token_ids, key, num_sequences)
+
+    choice = rule.choose(inputs, num_choices)
+    kept_ids, gates = choice.expert_ids, choice.gates
+    if capacity is not None:
+        kept_ids = drop_over_capacity(kept_ids, num_experts, capacity, choice.priority)
+        gates = jnp.where(kept_ids < num_experts, gates, 0.0)
+    asked = None
+    if rule.fixed_count:
+        asked = jnp.full(num_tokens, num_choices) if limit is None else jnp.minimum(limit, num_choices)
+    stats = router_stats(inputs, choice, kept_ids, asked=asked, token_mask=token_mask, num_groups=stats_groups)
+    most = min((c for c in (capacity, choice.capacity) if c is not None), default=None)
+    return RouterOutput(RoutingPlan(kept_ids, gates, num_experts, most), logits, stats)
+
+
+def keep_trace(output: RouterOutput, level: TraceLevel) -> RouterOutput:
+    """Drops what a static trace level does not ask for; unreturned arrays cost nothing once compiled.
+
+    Args:
+      output: a router's full output.
+      level: "off" keeps nothing, "stats" the sums, "topk" also the plan, "full" also the logits.
+
+    Raises:
+      ValueError: an unknown level.
+    """
+    levels = get_args(TraceLevel)
+    if level not in levels:
+        raise ValueError(f"unknown trace level {level!r}; known: {', '.join(levels)}")
+    depth = levels.index(level)
+    return RouterOutput(
+        plan=output.plan if depth >= 2 else None,
+        logits=output.logits if depth >= 3 else None,
+        stats=output.stats if depth >= 1 else None,
+    )
