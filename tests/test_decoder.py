@@ -226,11 +226,6 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits():
     np.testing.assert_allclose(logits, apply(make(), tokens_of(2, 6))[0], atol=0.2)
 
 
-def test_active_flops_by_hand():
-    # Three layers of 2 choices; one expert is 3 matmuls of 16 x 6, two operations each: 3 * 2 * 2 * 3 * 16 * 6.
-    assert CONFIG.active_expert_flops(jnp.array([2.0, 2.0, 2.0])) == 3456
-
-
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

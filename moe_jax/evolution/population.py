@@ -15,6 +15,7 @@ from flax import nnx
 
 from moe_jax.evolution.genomes import Genome, LayerTopology
 from moe_jax.losses import kl_divergence
+from moe_jax.models.cost import active_expert_flops
 from moe_jax.models.decoder import Decoder, DecoderConfig
 from moe_jax.routing import count_assignments, population_topology
 from moe_jax.types import Array
@@ -99,7 +100,7 @@ class PopulationEvaluator:
           data: from `prepare`.
 
         Returns:
-          `[P, 3]` float32: mean KL(full || candidate) over unmasked positions; `6 D F` times the experts that a token
+          `[P, 3]` float32: mean KL(full || candidate) over unmasked positions; the FLOPs of the experts that a token
           really uses, summed over layers; the fullest expert's load over the mean load of the kept ones, averaged over
           layers. Layers that stay whole count in both.
         """
@@ -144,7 +145,7 @@ class PopulationEvaluator:
         choices = jnp.concatenate([frozen_choices, counts.sum(-1) / tokens], axis=1)
         load = jnp.concatenate([frozen_load, _relative_load(counts, topologies.keep.sum(-1))], axis=1)
         return jnp.stack(
-            [divergence.sum((1, 2)) / tokens, config.active_expert_flops(choices), load.mean(axis=1)], axis=1
+            [divergence.sum((1, 2)) / tokens, active_expert_flops(config, choices), load.mean(axis=1)], axis=1
         )
 
 

@@ -94,13 +94,6 @@ class DecoderConfig:
         """L of routing: how many layers route."""
         return self.layers.count("moe")
 
-    def active_expert_flops(self, mean_choices: Array) -> Array:
-        """Multiply-adds times 2 that a token spends in experts, `[..., L]` mean choices to `[...]` FLOPs.
-
-        One SwiGLU expert costs 2 * 3 * D * F; routers and dense layers do not depend on the topology and are left out.
-        """
-        return 6.0 * self.width * self.expert_hidden * jnp.sum(mean_choices, axis=-1)
-
 
 def _init_block(config: DecoderConfig, kind: LayerKind, key: Array) -> Block:
     """One block; output projections are scaled by 1/sqrt(2 * depth), so that the residual stream starts small."""
