@@ -7,6 +7,8 @@ All backends give the same output and gradients for the same plan; they differ i
     gather   capacity buffers by index; work grows with the capacity, or with E when there is none
     blocked  dropless and exact in work: loops over the filled blocks; the fast path on CPU
 
+`expert_parallel.ExpertParallel` runs any of them over a mesh of devices; it needs the mesh, so it is not in the table.
+
 Gates apply in float32. An empty slot (expert id E) gives nothing and gets no gradient.
 """
 
