@@ -44,7 +44,7 @@ class RoutingInputs:
       is_open: `[T, E]` bool, false for experts closed to a token, and on the whole row of a masked token; None means
         that everything is open.
       limit: `[T]` int32, the most experts that a token may use; None means no limit but the rule's own.
-      bias: `[E]` float32 that moves the selection and never the gates (2408.15664); None means zero.
+      bias: `[E]` or `[T, E]` float32 that moves the selection and never the gates (2408.15664); None means zero.
       level: `[]` float32, the number that the rule's controller steers, such as a threshold; None means its start.
       noise_scale: `[T, E]` float32 standard deviation of the logits' noise, if the router module gives one.
       token_ids: `[T]` int32 vocabulary ids of the tokens.

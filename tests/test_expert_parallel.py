@@ -208,7 +208,7 @@ def test_one_hot_load_is_dropped_by_the_sender_or_by_the_expert():
 
 
 def test_full_experts_drop_whom_the_router_would_drop():
-    """On one place of the data axis the receiver serves in the order of `routing.capacity`."""
+    """On one place of the data axis the receiver serves in the order of `ops.capacity`."""
     tokens, plan, params, output_grad = problem(ids_at_random)
     capacity = 3  # ceil(0.5 * 16 * 3 / 8)
     ids = drop_over_capacity(plan.expert_ids, NUM_EXPERTS, capacity)

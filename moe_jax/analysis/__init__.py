@@ -2,8 +2,8 @@
 
 `trace_routing` keeps what a model's routers did, `summarise_routing` computes the whole routing report; the parts are
 pure functions on arrays: `load` (balance and its noise band), `confidence`, `specialisation` (against shuffled
-controls), `coactivation`, `drops`, `intervals`. Two instruments ask further: `causality`, whether a router looks at the
-future, and `flips`, where two runs began to route differently.
+controls), `coactivation`, `drops`, `intervals`. Instruments ask further: `causality`, whether a router looks at the
+future; `flips`, where two runs began to route differently; `plans` keeps a routing to be edited and replayed.
 """
 
 from moe_jax.analysis.causality import CausalityAudit, Leak, audit_causality
@@ -43,6 +43,7 @@ from moe_jax.analysis.load import (
     normalised_load_entropy,
     uniform_load_band,
 )
+from moe_jax.analysis.plans import check_plan, load_plan, save_plan
 from moe_jax.analysis.specialisation import (
     InformationTest,
     conditional_domain_information,
@@ -72,6 +73,7 @@ __all__ = [
     "RoutingTrace",
     "audit_causality",
     "boundary_margin",
+    "check_plan",
     "coactivation_counts",
     "coactivation_lift",
     "coefficient_of_variation",
@@ -94,6 +96,7 @@ __all__ = [
     "jain_fairness",
     "join_traces",
     "load_fractions",
+    "load_plan",
     "load_trace",
     "max_over_mean_load",
     "max_violation",
@@ -102,6 +105,7 @@ __all__ = [
     "normalised_load_entropy",
     "paired_permutation_test",
     "router_entropy",
+    "save_plan",
     "save_trace",
     "sign_test",
     "summarise_routing",

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -31,6 +30,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.dispatch.blocked import dispatch_blocked
 from moe_jax.dispatch.rows import combine_rows, take_token_rows
+from moe_jax.ops.capacity import drop_over_capacity, expert_capacity
 from moe_jax.ops.expert_order import rank_in_expert
 from moe_jax.types import Array, ArrayTree, DispatchFn, Expert, RoutingPlan
 
@@ -60,7 +60,7 @@ class ExpertParallel:
     """A dispatch backend (`types.DispatchFn`) over a mesh; hashable, so it may be a static argument of `jit`.
 
     Without factors nothing is dropped, and output and gradients are those of one device up to the order of additions.
-    Both limits serve first choices before second ones and earlier tokens before later ones, as `routing.capacity`
+    Both limits serve first choices before second ones and earlier tokens before later ones, as `ops.capacity`
     does; the first among the T tokens of a device, the second among the N * T of one place on the data axis. So with
     them the result depends on the mesh.
 
@@ -194,19 +194,13 @@ class _Rows(NamedTuple):
 
 
 def _rows_for(num_tokens: int, num_choices: int, num_bins: int, factor: float | None) -> int:
-    """Rows per shard or expert: `ceil(factor * T * K / bins)`, at most T since a token takes one row of a bin."""
-    if factor is None:
-        return num_tokens
-    return min(num_tokens, math.ceil(factor * num_tokens * num_choices / num_bins))
+    """Rows per shard or expert: all tokens without a factor, since a token takes one row of a bin."""
+    return num_tokens if factor is None else expert_capacity(num_tokens, num_bins, num_choices, factor)
 
 
 def _first_come(ids: Array, num_bins: int, room: int) -> Array:
-    """Empties the slots of `ids [T, K]` beyond the first `room` of each bin, counted choice by choice."""
-    if room >= ids.shape[0]:
-        return ids
-    by_choice = ids.T.reshape(-1)  # (T, K) -> (K*T,): first choices of all tokens come first
-    ranks, _ = rank_in_expert(by_choice, num_bins)
-    return jnp.where(ranks < room, by_choice, num_bins).reshape(ids.shape[::-1]).T
+    """Empties the slots of `ids [T, K]` beyond the first `room` of each bin; nothing to do if T fit."""
+    return ids if room >= ids.shape[0] else drop_over_capacity(ids, num_bins, room)
 
 
 def _rows_by_shard(shards: Array, num_shards: int, room: int) -> tuple[Array, Array]:

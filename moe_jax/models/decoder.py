@@ -21,8 +21,8 @@ from moe_jax.nn.experts import SwiGLUExperts
 from moe_jax.nn.feed_forward import FeedForward
 from moe_jax.nn.moe import MoELayer, Setting, StatsLevel
 from moe_jax.nn.router import LinearRouter
-from moe_jax.routing import Balancer, check_choices, get_rule, keep_trace
-from moe_jax.types import Array, RouterOutput, RouterStats, Topology, TraceLevel
+from moe_jax.routing import Balancer, Force, check_choices, get_rule, keep_trace
+from moe_jax.types import Array, RouterOutput, RouterStats, RoutingPlan, Topology, TraceLevel
 
 LayerKind = Literal["dense", "moe"]
 
@@ -150,6 +150,8 @@ class Decoder(nnx.Module):
         trace: TraceLevel = "stats",
         *,
         key: Array | None = None,
+        forced: RoutingPlan | None = None,
+        force: Force = "exact",
     ) -> tuple[Array, RouterOutput]:
         """Next-token logits.
 
@@ -160,6 +162,8 @@ class Decoder(nnx.Module):
           token_groups: `[B]` or `[B, S]` int32 group of each sequence or token; needed when G > 1.
           trace: how much of the routing to return.
           key: consumed by routers that draw in training; None means evaluation.
+          forced: a plan `[L, T, K]` that routes instead of the rules, such as one recorded at trace level "topk".
+          force: "exact" takes the plan's experts and gates, "ids" its experts, with gates from this model's logits.
 
         Returns:
           `[B, S, V]` float32 logits, and the router output with a leading `[L]` over the MoE layers.
@@ -174,6 +178,8 @@ class Decoder(nnx.Module):
             trace,
             token_ids=tokens,
             key=key,
+            forced=forced,
+            force=force,
         )
         return self.logits(x), routed
 
@@ -212,6 +218,8 @@ class Decoder(nnx.Module):
         *,
         token_ids: Array | None = None,
         key: Array | None = None,
+        forced: RoutingPlan | None = None,
+        force: Force = "exact",
     ) -> tuple[Array, RouterOutput]:
         """Layers `start` to `stop` alone, so that what several candidates share is computed once.
 
@@ -225,6 +233,8 @@ class Decoder(nnx.Module):
           trace: as in `__call__`.
           token_ids: `[B, S]` int, what `x` began as; needed by rules that route by vocabulary id.
           key: as in `__call__`.
+          forced: as in `__call__`, over all L MoE layers of the model.
+          force: as in `__call__`.
 
         Returns:
           `[B, S, D]` and the router output of the MoE layers passed, with a leading axis; fields are None if none was.
@@ -238,23 +248,34 @@ class Decoder(nnx.Module):
             if low >= high:
                 continue
             part = jax.tree.map(lambda leaf, low=low, high=high: leaf[low:high], stack)
-            layer_topology = None
-            if kind == "moe" and topology is not None:
-                routed_before = self.config.layers[: first + low].count("moe")
-                layer_topology = jax.tree.map(
-                    lambda leaf, a=routed_before, b=routed_before + high - low: leaf[a:b], topology
+            routed_before = self.config.layers[: first + low].count("moe")
+            routing = None  # this part's share of what is given per MoE layer
+            if kind == "moe":
+                routing = jax.tree.map(
+                    lambda leaf, a=routed_before, b=routed_before + high - low: leaf[a:b], (topology, forced)
                 )
-
             keys = None
             if key is not None:
                 keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(first + low, first + high))
 
-            def body(x: Array, layer: tuple[Block, Topology | None, Array | None]) -> tuple[Array, RouterOutput | None]:
-                block, topology, layer_key = layer
-                x, routed = block(x, token_mask, topology, token_groups, token_ids=token_ids, key=layer_key)
+            def body(
+                x: Array, layer: tuple[Block, tuple[Topology | None, RoutingPlan | None] | None, Array | None]
+            ) -> tuple[Array, RouterOutput | None]:
+                block, routing, layer_key = layer
+                topology, forced = routing or (None, None)
+                x, routed = block(
+                    x,
+                    token_mask,
+                    topology,
+                    token_groups,
+                    token_ids=token_ids,
+                    key=layer_key,
+                    forced=forced,
+                    force=force,
+                )
                 return x, None if routed is None else keep_trace(routed, trace)
 
-            x, routed = jax.lax.scan(body, x, (part, layer_topology, keys))
+            x, routed = jax.lax.scan(body, x, (part, routing, keys))
             if routed is not None:
                 outputs.append(routed)
         if not outputs:
@@ -285,8 +306,8 @@ class Decoder(nnx.Module):
     def _routed_stacks(self, stats: RouterStats) -> Iterator[tuple[MoELayer, RouterStats]]:
         """Each stack's MoE layers with their part of the stats."""
         start = 0
-        for stack, (kind, group) in zip(self.stacks, _runs(self.config.layers), strict=True):
-            if kind == "moe":
+        for stack, (_, group) in zip(self.stacks, _runs(self.config.layers), strict=True):
+            if isinstance(stack.feed_forward, MoELayer):
                 stop = start + len(group)
                 yield stack.feed_forward, jax.tree.map(lambda leaf, a=start, b=stop: leaf[a:b], stats)
                 start = stop

@@ -7,7 +7,8 @@ from moe_jax.nn.attention import Attention
 from moe_jax.nn.feed_forward import FeedForward
 from moe_jax.nn.moe import MoELayer
 from moe_jax.ops.norms import rms_norm
-from moe_jax.types import Array, RouterOutput, Topology
+from moe_jax.routing import Force
+from moe_jax.types import Array, RouterOutput, RoutingPlan, Topology
 
 
 class RMSNorm(nnx.Module):
@@ -39,11 +40,15 @@ class Block(nnx.Module):
         *,
         token_ids: Array | None = None,
         key: Array | None = None,
+        forced: RoutingPlan | None = None,
+        force: Force = "exact",
     ) -> tuple[Array, RouterOutput | None]:
         """Arguments as `MoELayer`; the second result is None for a dense block."""
         x, normed = self.attend(x, token_mask)
         if isinstance(self.feed_forward, MoELayer):
-            mixed, routed = self.feed_forward(normed, token_mask, topology, token_groups, token_ids=token_ids, key=key)
+            mixed, routed = self.feed_forward(
+                normed, token_mask, topology, token_groups, token_ids=token_ids, key=key, forced=forced, force=force
+            )
             return x + mixed, routed
         return x + self.feed_forward(normed), None
 

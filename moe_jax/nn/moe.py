@@ -10,8 +10,8 @@ from flax import nnx
 from moe_jax.dispatch import get_backend
 from moe_jax.nn.experts import SwiGLUExperts
 from moe_jax.nn.router import Balance, LinearRouter
-from moe_jax.routing import Balancer, Rule, check_choices, expert_capacity, get_rule, route
-from moe_jax.types import Array, RouterOutput, RouterStats, Topology
+from moe_jax.routing import Balancer, Force, Rule, check_choices, expert_capacity, get_rule, route
+from moe_jax.types import Array, RouterOutput, RouterStats, RoutingPlan, Topology
 
 StatsLevel = Literal["batch", "sequence", "token"]
 Setting = bool | int | float | str
@@ -70,6 +70,8 @@ class MoELayer(nnx.Module):
         *,
         token_ids: Array | None = None,
         key: Array | None = None,
+        forced: RoutingPlan | None = None,
+        force: Force = "exact",
     ) -> tuple[Array, RouterOutput]:
         """Routes, dispatches, combines.
 
@@ -80,6 +82,8 @@ class MoELayer(nnx.Module):
           token_groups: `[B, S]` int32 group of each token, or None for one group.
           token_ids: `[B, S]` int32 vocabulary ids, for rules that need them.
           key: for what is random in training; None means evaluation.
+          forced: a plan `[T, K]` that decides instead of the rule.
+          force: what of it holds; see `routing.route`.
 
         Returns:
           `[B, S, D]` and what the router did, over `T = B*S` tokens.
@@ -109,6 +113,8 @@ class MoELayer(nnx.Module):
             num_sequences=num_sequences,
             key=rule_key,
             capacity=capacity,
+            forced=forced,
+            force=force,
             stats_groups={"batch": None, "sequence": num_sequences, "token": num_tokens}[self.stats_level],
         )
         assert output.plan is not None  # route always makes one; only keep_trace drops it

@@ -8,8 +8,9 @@ topology, capacity) and the statistics that every loss and picture reads. A new 
 from functools import partial
 from typing import Any
 
+from moe_jax.ops.capacity import drop_over_capacity, expert_capacity
 from moe_jax.routing.balance import BALANCERS, Balancer, get_balancer, move_bias_by_sign
-from moe_jax.routing.capacity import drop_over_capacity, expert_capacity
+from moe_jax.routing.force import Force
 from moe_jax.routing.route import keep_trace, route
 from moe_jax.routing.rule import Controller, Rule, bind_settings, check_choices
 from moe_jax.routing.rules.top_k import top_k, top_k_softmax
@@ -23,6 +24,7 @@ __all__ = [
     "RULES",
     "Balancer",
     "Controller",
+    "Force",
     "Rule",
     "biased",
     "check_choices",

@@ -4,7 +4,8 @@ from typing import get_args
 
 import jax.numpy as jnp
 
-from moe_jax.routing.capacity import drop_over_capacity
+from moe_jax.ops.capacity import drop_over_capacity
+from moe_jax.routing.force import Force, forced_choice
 from moe_jax.routing.rule import Rule, check_choices
 from moe_jax.routing.statistics import router_stats
 from moe_jax.routing.topology import open_experts
@@ -27,6 +28,8 @@ def route(
     key: Array | None = None,
     capacity: int | None = None,
     stats_groups: int | None = None,
+    forced: RoutingPlan | None = None,
+    force: Force = "exact",
 ) -> RouterOutput:
     """Routes tokens: constraints, rule, capacity, statistics.
 
@@ -46,6 +49,8 @@ def route(
       capacity: C, static; None drops nothing that the rule itself does not drop.
       stats_groups: None sums statistics over all tokens; n, static, over each of n equal runs of tokens (B for
         sequences, T for tokens), which then have a leading `[n]`.
+      forced: a plan that decides instead of the rule; capacity drops nothing of it.
+      force: what of the plan holds: "exact" its experts and gates, "ids" its experts alone, whose gates are recomputed.
 
     Returns:
       The plan (`[T, K]`), the float32 logits and the statistics.
@@ -78,13 +83,16 @@ def route(
     logits = logits.astype(jnp.float32)
     inputs = RoutingInputs(logits, is_open, limit, bias, level, noise_scale, token_ids, key, num_sequences)
 
-    choice = rule.choose(inputs, num_choices)
+    if forced is None:
+        choice = rule.choose(inputs, num_choices)
+    else:
+        choice, capacity = forced_choice(inputs, rule, forced, force), forced.capacity
     kept_ids, gates = choice.expert_ids, choice.gates
     if capacity is not None:
         kept_ids = drop_over_capacity(kept_ids, num_experts, capacity, choice.priority)
         gates = jnp.where(kept_ids < num_experts, gates, 0.0)
     asked = None
-    if rule.fixed_count:
+    if rule.fixed_count and forced is None:
         asked = jnp.full(num_tokens, num_choices) if limit is None else jnp.minimum(limit, num_choices)
     stats = router_stats(inputs, choice, kept_ids, asked=asked, token_mask=token_mask, num_groups=stats_groups)
     most = min((c for c in (capacity, choice.capacity) if c is not None), default=None)

@@ -40,4 +40,6 @@ def gather_chosen(values: Array, expert_ids: Array) -> Array:
 
 def biased(scores: Array, inputs: RoutingInputs) -> Array:
     """`scores [T, E]` plus the selection bias, which has no gradient."""
-    return scores if inputs.bias is None else scores + jax.lax.stop_gradient(inputs.bias)[None, :]
+    if inputs.bias is None:
+        return scores
+    return scores + jax.lax.stop_gradient(inputs.bias if inputs.bias.ndim == 2 else inputs.bias[None, :])
