@@ -12,7 +12,7 @@ from moe_jax.ops.capacity import drop_over_capacity, expert_capacity
 from moe_jax.routing.balance import BALANCERS, Balancer, get_balancer, move_bias_by_sign
 from moe_jax.routing.force import Force
 from moe_jax.routing.route import keep_trace, route
-from moe_jax.routing.rule import Controller, Rule, bind_settings, check_choices
+from moe_jax.routing.rule import Controller, Rule, bind_settings, check_choices, rule_settings
 from moe_jax.routing.rules.top_k import top_k, top_k_softmax
 from moe_jax.routing.scores import normalize, score
 from moe_jax.routing.select import biased, gather_chosen, select_top_k
@@ -42,6 +42,7 @@ __all__ = [
     "population_topology",
     "route",
     "router_stats",
+    "rule_settings",
     "score",
     "select_top_k",
     "single_topology",

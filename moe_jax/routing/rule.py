@@ -66,16 +66,14 @@ def bind_settings(rule: Rule, settings: Mapping[str, Any], name: str) -> Rule:
     Raises:
       ValueError: a setting that the rule does not have; the message lists those that it has.
     """
-    update = None if rule.controller is None else rule.controller.update
-    known = {function: _settings_of(function) for function in (rule.choose, update) if function is not None}
-    all_known = sorted(set().union(*known.values()))
+    all_known = sorted(rule_settings(rule))
     if unknown := sorted(set(settings) - set(all_known)):
         raise ValueError(
             f"rule {name!r} has no setting {', '.join(map(repr, unknown))}; it has: {', '.join(all_known) or 'none'}"
         )
 
     def bind(function: Callable) -> Callable:
-        mine = {key: value for key, value in settings.items() if key in known[function]}
+        mine = {key: value for key, value in settings.items() if key in _settings_of(function)}
         return functools.partial(function, **mine) if mine else function
 
     if rule.controller is None:
@@ -96,7 +94,12 @@ def check_choices(rule: Rule, num_choices: int, num_experts: int, name: str = "t
         raise ValueError(f"{name} routes to exactly {rule.only_choices} expert(s), got num_choices={num_choices}")
 
 
-def _settings_of(function: Callable) -> set[str]:
-    """Names of the keyword-only arguments, those that a `partial` has filled included."""
+def rule_settings(rule: Rule) -> dict[str, Any]:
+    """The rule's settings with their values: those of `choose`, then those of its controller."""
+    return _settings_of(rule.choose) | ({} if rule.controller is None else _settings_of(rule.controller.update))
+
+
+def _settings_of(function: Callable) -> dict[str, Any]:
+    """The keyword-only arguments with their defaults, or what a `partial` has put in their place."""
     parameters = inspect.signature(function).parameters.values()
-    return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
