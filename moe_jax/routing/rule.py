@@ -20,11 +20,13 @@ class Controller(NamedTuple):
       update: (level `[]`, integral `[]`, stats of one optimizer step, K) to the next level and integral; its
         keyword-only arguments are settings too.
       penalty: (level, stats, K) to a loss `[]`, differentiable through the stats; None for none.
+      over_layers: update's stats are sums over all layers, so that they share one level.
     """
 
     start: float
     update: Callable[..., tuple[Array, Array]]
     penalty: Callable[[Array, RouterStats, int], Array] | None = None
+    over_layers: bool = False
 
 
 class Rule(NamedTuple):
@@ -60,7 +62,7 @@ def bind_settings(rule: Rule, settings: Mapping[str, Any], name: str) -> Rule:
 
     Args:
       rule: a rule.
-      settings: values for keyword-only arguments of `choose` or of the controller's `update`.
+      settings: values for keyword-only arguments of `choose` or of the controller's `update`, or for its `start`.
       name: the rule's name, for messages.
 
     Raises:
@@ -68,7 +70,7 @@ def bind_settings(rule: Rule, settings: Mapping[str, Any], name: str) -> Rule:
     """
     update = None if rule.controller is None else rule.controller.update
     known = {function: _settings_of(function) for function in (rule.choose, update) if function is not None}
-    all_known = sorted(set().union(*known.values()))
+    all_known = sorted(set().union(*known.values(), () if rule.controller is None else ("start",)))
     if unknown := sorted(set(settings) - set(all_known)):
         raise ValueError(
             f"rule {name!r} has no setting {', '.join(map(repr, unknown))}; it has: {', '.join(all_known) or 'none'}"
@@ -80,7 +82,8 @@ def bind_settings(rule: Rule, settings: Mapping[str, Any], name: str) -> Rule:
 
     if rule.controller is None:
         return rule._replace(choose=bind(rule.choose))
-    controller = rule.controller._replace(update=bind(rule.controller.update))
+    start = settings.get("start", rule.controller.start)
+    controller = rule.controller._replace(start=start, update=bind(rule.controller.update))
     return rule._replace(choose=bind(rule.choose), controller=controller)
 
 
