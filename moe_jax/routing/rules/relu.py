@@ -6,7 +6,8 @@
 
 The penalty is L1, heavier on experts of high load, so it balances too. A token with no positive gate has no expert,
 and passes the layer by the residual alone. K is the mean number of experts to reach, not a bound: a token has E slots,
-and early in training about half of them are filled, so leave room in memory.
+and early in training about half of them are filled, so leave room in memory. A linear router without bias gets sparser
+than that only where its features have a mean other than 0.
 """
 
 import jax

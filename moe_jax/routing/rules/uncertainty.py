@@ -35,7 +35,8 @@ def free_energy_top_k(inputs: RoutingInputs, num_choices: int, *, few: int = 1) 
 def entropy_top_k(inputs: RoutingInputs, num_choices: int, *, few: int = 1) -> Choice:
     """The K best experts for tokens of high router entropy, the `few` best for the others, weighed by softmax.
 
-    The entropy is a share of its maximum, the log of the number of open experts (0 if only one is).
+    The entropy is a share of its maximum, the log of the number of open experts (0 if only one is). Where the router is
+    flat, entropies crowd near 1 and the controller overshoots: lower its gains.
 
     Args:
       inputs: the tokens' logits, constraints and level; the bias is added to the probabilities for the selection.
