@@ -1,5 +1,7 @@
 """Synthetic logits and constraints that the tests of routing share."""
 
+import inspect
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,6 +16,12 @@ NUM_SEQUENCES = 3
 def choices_of(rule):
     """A K that the rule accepts."""
     return RULES[rule].only_choices or 3
+
+
+def nulls_of(rule):
+    """The number of null experts among the rule's columns."""
+    setting = inspect.signature(RULES[rule].choose).parameters.get("num_null")
+    return 0 if setting is None else setting.default
 
 
 def random_logits(seed, num_tokens=NUM_TOKENS):

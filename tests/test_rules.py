@@ -24,6 +24,7 @@ from tests.random_routing import (
     NUM_TOKENS,
     as_arrays,
     choices_of,
+    nulls_of,
     random_constraints,
     random_ids,
     random_logits,
@@ -65,6 +66,7 @@ def test_every_rule_equals_the_loop(rule, constrained, capacity):
         choices_of(rule),
         capacity=capacity,
         fixed_count=RULES[rule].fixed_count,
+        num_null=nulls_of(rule),
         level=0.0 if controller is None else controller.start,
         token_ids=random_ids(0),
         num_sequences=NUM_SEQUENCES,
@@ -104,7 +106,9 @@ def test_probabilities_are_a_distribution(rule):
 
 @pytest.mark.parametrize("rule", LEARNED)
 def test_permuting_experts_permutes_the_plan(rule):
-    logits, order = random_logits(4), np.random.default_rng(0).permutation(NUM_EXPERTS)
+    num_true = NUM_EXPERTS - nulls_of(rule)  # null experts are not experts like the others: they stay where they are
+    order = np.append(np.random.default_rng(0).permutation(num_true), np.arange(num_true, NUM_EXPERTS))
+    logits = random_logits(4)
     plan, permuted = (routed_by(rule)(z).plan for z in (logits, logits[:, order]))
     names = np.append(order, NUM_EXPERTS)
     for t in range(NUM_TOKENS):

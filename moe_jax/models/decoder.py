@@ -289,8 +289,9 @@ class Decoder(nnx.Module):
           stats: sums over the whole optimizer step, with a leading `[L]`.
           balancer: moves the selection biases; see `routing.BALANCERS`.
         """
+        total = jax.tree.map(lambda leaf: leaf.sum(0), stats)
         for layers, part in self._routed_stacks(stats):
-            moved = jax.vmap(lambda layer, sums: layer.next_balance(sums, balancer))(layers, part)
+            moved = jax.vmap(lambda layer, sums: layer.next_balance(sums, total, balancer))(layers, part)
             for name, value in moved.items():
                 getattr(layers, name)[...] = value
 

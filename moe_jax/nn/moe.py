@@ -123,16 +123,18 @@ class MoELayer(nnx.Module):
         mixed = dispatch(x.reshape(num_tokens, -1), output.plan, self.experts.expert, params)
         return mixed.reshape(x.shape), output
 
-    def next_balance(self, stats: RouterStats, balancer: Balancer) -> dict[str, Array]:
+    def next_balance(self, stats: RouterStats, total: RouterStats, balancer: Balancer) -> dict[str, Array]:
         """The balance state after an optimizer step, by the names of its variables.
 
         Args:
           stats: sums over the whole optimizer step, without leading axes.
+          total: the same, summed over the layers of the model.
           balancer: moves the selection bias; see `routing.BALANCERS`.
         """
         level, integral = self.level[...], self.integral[...]
         if (controller := self.routing_rule.controller) is not None:
-            level, integral = controller.update(level, integral, stats, self.num_choices)
+            seen = total if controller.over_layers else stats
+            level, integral = controller.update(level, integral, seen, self.num_choices)
         return {"bias": balancer(self.bias[...], stats), "level": level, "integral": integral}
 
     def penalty(self, stats: RouterStats) -> Array:

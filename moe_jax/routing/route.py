@@ -88,6 +88,8 @@ def route(
     else:
         choice, capacity = forced_choice(inputs, rule, forced, force), forced.capacity
     kept_ids, gates = choice.expert_ids, choice.gates
+    if choice.num_null:
+        kept_ids = jnp.where(kept_ids < num_experts - choice.num_null, kept_ids, num_experts)
     if capacity is not None:
         kept_ids = drop_over_capacity(kept_ids, num_experts, capacity, choice.priority)
         gates = jnp.where(kept_ids < num_experts, gates, 0.0)

@@ -20,11 +20,13 @@ class Controller(NamedTuple):
       update: (level `[]`, integral `[]`, stats of one optimizer step, K) to the next level and integral; its
         keyword-only arguments are settings too.
       penalty: (level, stats, K) to a loss `[]`, differentiable through the stats; None for none.
+      over_layers: update's stats are sums over all layers, so that they share one level.
     """
 
     start: float
     update: Callable[..., tuple[Array, Array]]
     penalty: Callable[[Array, RouterStats, int], Array] | None = None
+    over_layers: bool = False
 
 
 class Rule(NamedTuple):
@@ -60,7 +62,7 @@ def bind_settings(rule: Rule, settings: Mapping[str, Any], name: str) -> Rule:
 
     Args:
       rule: a rule.
-      settings: values for keyword-only arguments of `choose` or of the controller's `update`.
+      settings: values for keyword-only arguments of `choose` or of the controller's `update`, or for its `start`.
       name: the rule's name, for messages.
 
     Raises:
@@ -78,7 +80,8 @@ def bind_settings(rule: Rule, settings: Mapping[str, Any], name: str) -> Rule:
 
     if rule.controller is None:
         return rule._replace(choose=bind(rule.choose))
-    controller = rule.controller._replace(update=bind(rule.controller.update))
+    start = settings.get("start", rule.controller.start)
+    controller = rule.controller._replace(start=start, update=bind(rule.controller.update))
     return rule._replace(choose=bind(rule.choose), controller=controller)
 
 
@@ -96,7 +99,10 @@ def check_choices(rule: Rule, num_choices: int, num_experts: int, name: str = "t
 
 def rule_settings(rule: Rule) -> dict[str, Any]:
     """The rule's settings with their values: those of `choose`, then those of its controller."""
-    return _settings_of(rule.choose) | ({} if rule.controller is None else _settings_of(rule.controller.update))
+    settings = _settings_of(rule.choose)
+    if rule.controller is not None:
+        settings |= {"start": rule.controller.start} | _settings_of(rule.controller.update)
+    return settings
 
 
 def _settings_of(function: Callable) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Each rule has an oracle, a function of a `Case` and K (and the rule's settings) 
 family of rules has a file. `route_loop` adds capacity and statistics around it, as `moe_jax.routing.route` does.
 """
 
-from tests.oracles import top_k
+from tests.oracles import null_experts, relu, threshold, top_k, uncertainty
 from tests.oracles.case import Case, route_loop
 
 __all__ = ["ORACLES", "Case", "route_loop"]
@@ -15,4 +15,12 @@ ORACLES = {
     "sigmoid_top_k": top_k.sigmoid_top_k,
     "top_k_softmax": top_k.softmax_top_k_renormalized,
     "switch_top_1": top_k.softmax_top_k,
+    "threshold": threshold.threshold,
+    "top_p": threshold.top_p,
+    "fixed_threshold": threshold.fixed_threshold,
+    "relu": relu.relu,
+    "free_energy_top_k": uncertainty.free_energy_top_k,
+    "entropy_top_k": uncertainty.entropy_top_k,
+    "null_experts": null_experts.null_experts,
+    "null_experts_renormalized": null_experts.null_experts_renormalized,
 }
