@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.models.decoder import DecoderConfig
 from moe_jax.routing import (
     RULES,
     full_topology,
@@ -228,3 +229,12 @@ def test_settings_are_the_keyword_arguments_and_unknown_ones_are_refused():
         get_rule("sigmoid_top_k", scales=2.5)
     with pytest.raises(ValueError, match=r"unknown routing rule 'top_2'; known: .*softmax_top_k"):
         get_rule("top_2")
+
+
+def test_bad_settings_are_refused_when_the_model_is_built():
+    with pytest.raises(ValueError, match=r"target is a mean number of experts in \[1, 2\]"):
+        DecoderConfig(num_choices=2, rule="top_p", rule_settings={"target": 3.0})
+    with pytest.raises(ValueError, match="unknown score function 'tanh'"):
+        DecoderConfig(rule="sigmoid_top_k", rule_settings={"score_function": "tanh"})
+    with pytest.raises(ValueError, match="switch_top_1 routes to exactly 1 expert"):
+        DecoderConfig(rule="switch_top_1")

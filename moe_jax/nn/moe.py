@@ -10,7 +10,7 @@ from flax import nnx
 from moe_jax.dispatch import get_backend
 from moe_jax.nn.experts import SwiGLUExperts
 from moe_jax.nn.router import Balance, LinearRouter
-from moe_jax.routing import Balancer, Force, Rule, check_choices, expert_capacity, get_rule, route
+from moe_jax.routing import Balancer, Force, Rule, check_rule, expert_capacity, get_rule, route
 from moe_jax.types import Array, RouterOutput, RouterStats, RoutingPlan, Topology
 
 StatsLevel = Literal["batch", "sequence", "token"]
@@ -50,7 +50,7 @@ class MoELayer(nnx.Module):
         get_backend(backend)  # an unknown name fails here, not in the first step
         self.backend, self.stats_level = backend, stats_level
         num_experts = experts.num_experts
-        check_choices(self.routing_rule, num_choices, num_experts, rule)
+        check_rule(self.routing_rule, num_choices, num_experts, rule)
         controller = self.routing_rule.controller
         self.bias = Balance(jnp.zeros(num_experts))
         self.level = Balance(jnp.float32(0 if controller is None else controller.start))

@@ -12,7 +12,7 @@ from moe_jax.ops.capacity import drop_over_capacity, expert_capacity
 from moe_jax.routing.balance import BALANCERS, Balancer, get_balancer, move_bias_by_sign
 from moe_jax.routing.force import Force
 from moe_jax.routing.pi_control import pi_controller
-from moe_jax.routing.route import keep_trace, route
+from moe_jax.routing.route import check_rule, keep_trace, route
 from moe_jax.routing.rule import Controller, Rule, bind_settings, check_choices, rule_settings
 from moe_jax.routing.rules.null_experts import null_experts
 from moe_jax.routing.rules.relu import load_weighted_l1, relu, scale_penalty
@@ -33,6 +33,7 @@ __all__ = [
     "Rule",
     "biased",
     "check_choices",
+    "check_rule",
     "count_assignments",
     "drop_over_capacity",
     "expert_capacity",
