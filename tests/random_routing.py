@@ -1,5 +1,7 @@
 """Synthetic logits and constraints that the tests of routing share."""
 
+import inspect
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,6 +16,14 @@ NUM_SEQUENCES = 3
 def choices_of(rule):
     """A K that the rule accepts."""
     return RULES[rule].only_choices or 3
+
+
+def random_permutation(rule, seed):
+    """A new order of the experts that the rule must not notice; rules with groups of experts keep these together."""
+    rng = np.random.default_rng(seed)
+    setting = inspect.signature(RULES[rule].choose).parameters.get("num_groups")
+    groups = np.arange(NUM_EXPERTS).reshape(1 if setting is None else setting.default, -1)
+    return np.concatenate([rng.permutation(group) for group in rng.permutation(groups)])
 
 
 def random_logits(seed, num_tokens=NUM_TOKENS):

@@ -12,6 +12,11 @@ from moe_jax.routing.balance import BALANCERS, Balancer, get_balancer, move_bias
 from moe_jax.routing.capacity import drop_over_capacity, expert_capacity
 from moe_jax.routing.route import keep_trace, route
 from moe_jax.routing.rule import Controller, Rule, bind_settings, check_choices
+from moe_jax.routing.rules.batch_prioritised import batch_prioritised_top_k
+from moe_jax.routing.rules.group_limited import group_limited_top_k
+from moe_jax.routing.rules.gshard import gshard_top_2
+from moe_jax.routing.rules.noisy import noisy_top_k
+from moe_jax.routing.rules.sparse_mixer import sparse_mixer
 from moe_jax.routing.rules.top_k import top_k, top_k_softmax
 from moe_jax.routing.scores import normalize, score
 from moe_jax.routing.select import biased, gather_chosen, select_top_k
@@ -69,4 +74,18 @@ RULES = {
     ),
     "top_k_softmax": Rule(top_k_softmax, "arXiv:2401.04088", normalized=True),
     "switch_top_1": Rule(top_k, "arXiv:2101.03961, eq. 2", only_choices=1),
+    "sqrt_softplus_top_k": Rule(
+        partial(top_k, score_function="sqrt_softplus", renormalize=True), "arXiv:2606.19348", normalized=True
+    ),
+    "batch_prioritised_top_k": Rule(batch_prioritised_top_k, "arXiv:2106.05974, section 4"),
+    "group_limited_softmax_top_k": Rule(group_limited_top_k, "arXiv:2405.04434"),
+    "group_limited_sigmoid_top_k": Rule(
+        partial(group_limited_top_k, group_score="top_2_sum", score_function="sigmoid", renormalize=True),
+        "arXiv:2412.19437",
+        normalized=True,
+    ),
+    # In training it may leave a token's second expert out, gate and all.
+    "gshard_top_2": Rule(gshard_top_2, "arXiv:2006.16668, Algorithm 1", only_choices=2, fixed_count=False),
+    "noisy_top_k": Rule(noisy_top_k, "arXiv:1701.06538, eq. 3-5", normalized=True),
+    "sparse_mixer": Rule(sparse_mixer, "arXiv:2409.12136"),
 }
