@@ -14,8 +14,13 @@ from moe_jax.routing.force import Force
 from moe_jax.routing.pi_control import pi_controller
 from moe_jax.routing.route import check_rule, keep_trace, route
 from moe_jax.routing.rule import Controller, Rule, bind_settings, check_choices, rule_settings
+from moe_jax.routing.rules.batch_prioritised import batch_prioritised_top_k
+from moe_jax.routing.rules.group_limited import group_limited_top_k
+from moe_jax.routing.rules.gshard import gshard_top_2
+from moe_jax.routing.rules.noisy import noisy_top_k
 from moe_jax.routing.rules.null_experts import null_experts
 from moe_jax.routing.rules.relu import load_weighted_l1, relu, scale_penalty
+from moe_jax.routing.rules.sparse_mixer import sparse_mixer
 from moe_jax.routing.rules.threshold import fixed_threshold, threshold, top_p
 from moe_jax.routing.rules.top_k import top_k, top_k_softmax
 from moe_jax.routing.rules.uncertainty import entropy_top_k, free_energy_top_k
@@ -117,4 +122,18 @@ RULES = {
     "null_experts_renormalized": Rule(
         partial(null_experts, renormalize=True), "arXiv:2406.13233", fixed_count=False, can_be_forced=False
     ),
+    "sqrt_softplus_top_k": Rule(
+        partial(top_k, score_function="sqrt_softplus", renormalize=True), "arXiv:2606.19348", normalized=True
+    ),
+    "batch_prioritised_top_k": Rule(batch_prioritised_top_k, "arXiv:2106.05974, section 4"),
+    "group_limited_softmax_top_k": Rule(group_limited_top_k, "arXiv:2405.04434"),
+    "group_limited_sigmoid_top_k": Rule(
+        partial(group_limited_top_k, group_score="top_2_sum", score_function="sigmoid", renormalize=True),
+        "arXiv:2412.19437",
+        normalized=True,
+    ),
+    # In training it may leave a token's second expert out, gate and all.
+    "gshard_top_2": Rule(gshard_top_2, "arXiv:2006.16668, Algorithm 1", only_choices=2, fixed_count=False),
+    "noisy_top_k": Rule(noisy_top_k, "arXiv:1701.06538, eq. 3-5", normalized=True),
+    "sparse_mixer": Rule(sparse_mixer, "arXiv:2409.12136", can_be_forced=False),
 }

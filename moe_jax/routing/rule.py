@@ -40,7 +40,7 @@ class Rule(NamedTuple):
       fixed_count: an unmasked token gets exactly K experts where so many are open.
       normalized: an unmasked token's gates sum to 1.
       is_learned: the choice depends on the logits.
-      can_be_forced: with a large enough bias the rule selects any experts one likes, and weighs them.
+      can_be_forced: with a large enough bias the rule selects any K experts that it could select, and weighs them.
       needs_token_ids: the choice depends on the tokens' vocabulary ids.
       controller: steers the rule's level between optimizer steps, for the rules that have one.
     """

@@ -66,7 +66,8 @@ def route_loop(oracle, logits, num_choices, *, token_mask=None, capacity=None, f
     case = make_case(logits, token_mask=token_mask, **given)
     num_tokens, num_experts = logits.shape
     token_mask = np.ones(num_tokens, bool) if token_mask is None else np.asarray(token_mask)
-    ids, gates, probabilities = oracle(case, num_choices)
+    ids, gates, probabilities, *priority = oracle(case, num_choices)
+    served = sorted(range(num_tokens), key=lambda t: (-priority[0][t] if priority else 0.0, t))
     chosen_gates = gates.copy()
     entropy, z = 0.0, 0.0
     for t in range(num_tokens):
@@ -81,7 +82,7 @@ def route_loop(oracle, logits, num_choices, *, token_mask=None, capacity=None, f
     ids[np.isin(ids, np.flatnonzero(is_null))] = num_experts
     room = dict.fromkeys(range(num_experts), num_tokens if capacity is None else capacity)
     for slot in range(ids.shape[1]):
-        for t in range(num_tokens):
+        for t in served:
             e = ids[t, slot]
             if e == num_experts:
                 continue
