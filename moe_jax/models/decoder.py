@@ -20,7 +20,7 @@ from moe_jax.nn.block import Block, RMSNorm
 from moe_jax.nn.experts import SwiGLUExperts
 from moe_jax.nn.feed_forward import FeedForward
 from moe_jax.nn.moe import MoELayer, Setting, StatsLevel
-from moe_jax.nn.router import LinearRouter
+from moe_jax.nn.routers import get_router
 from moe_jax.routing import Balancer, Force, check_choices, get_rule, keep_trace
 from moe_jax.types import Array, RouterOutput, RouterStats, RoutingPlan, Topology, TraceLevel
 
@@ -41,6 +41,8 @@ class DecoderConfig:
       num_experts: E of every MoE layer.
       expert_hidden: F, the hidden width of one expert.
       num_choices: K.
+      router: what gives the logits, a name in `nn.routers.ROUTERS`.
+      router_settings: settings of the router, such as `{"jitter": 0.01}`.
       rule: a name in `routing.RULES`.
       rule_settings: settings of the rule, such as `{"scale": 2.5}`.
       allow_noncausal: whether the rule may let a token's routing depend on later tokens or on other sequences: such a
@@ -63,6 +65,8 @@ class DecoderConfig:
     num_experts: int = 16
     expert_hidden: int = 48
     num_choices: int = 2
+    router: str = "linear"
+    router_settings: Mapping[str, Setting] = FrozenDict()
     rule: str = "softmax_top_k_renormalized"
     rule_settings: Mapping[str, Setting] = FrozenDict()
     allow_noncausal: bool = False
@@ -78,7 +82,9 @@ class DecoderConfig:
             raise ValueError(f"width={self.width} must be num_heads={self.num_heads} times an even head width")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
-        object.__setattr__(self, "rule_settings", FrozenDict(self.rule_settings))  # hashable, as the structure must be
+        for name in ("router_settings", "rule_settings"):
+            object.__setattr__(self, name, FrozenDict(getattr(self, name)))  # hashable, as the structure must be
+        get_router(self.router, **self.router_settings)
         rule = get_rule(self.rule, **self.rule_settings)
         check_choices(rule, self.num_choices, self.num_experts, self.rule)
         if not (rule.is_causal or self.allow_noncausal):
@@ -107,7 +113,7 @@ def _init_block(config: DecoderConfig, kind: LayerKind, key: Array) -> Block:
         config.num_experts, config.width, config.expert_hidden, output_scale=scale, key=feed_forward_key
     )
     moe = MoELayer(
-        LinearRouter(config.width, config.num_experts, key=router_key),
+        get_router(config.router, **config.router_settings)(config.width, config.num_experts, key=router_key),
         experts,
         num_choices=config.num_choices,
         rule=config.rule,
@@ -296,15 +302,14 @@ class Decoder(nnx.Module):
 
     def router_penalty(self, stats: RouterStats) -> Array:
         """`[L]` losses that the rules themselves ask for, from stats `[L, ...]`; 0 for most rules."""
-        return jnp.concatenate(
-            [
-                jax.vmap(lambda layer, sums: layer.penalty(sums))(layers, part)
-                for layers, part in self._routed_stacks(stats)
-            ]
-        )
+        penalties = [
+            jax.vmap(lambda layer, sums: layer.penalty(sums))(layers, part)
+            for layers, part in self._routed_stacks(stats)
+        ]
+        return jnp.concatenate(penalties) if penalties else jnp.zeros(self.config.num_moe_layers)
 
     def _routed_stacks(self, stats: RouterStats) -> Iterator[tuple[MoELayer, RouterStats]]:
-        """Each stack's MoE layers with their part of the stats."""
+        """Each stack of layers that follow a rule, with their part of the stats."""
         start = 0
         for stack, (_, group) in zip(self.stacks, _runs(self.config.layers), strict=True):
             if isinstance(stack.feed_forward, MoELayer):
