@@ -21,6 +21,7 @@ from moe_jax.nn.experts import SwiGLUExperts
 from moe_jax.nn.feed_forward import FeedForward
 from moe_jax.nn.moe import MoELayer, Setting, StatsLevel
 from moe_jax.nn.routers import get_router
+from moe_jax.nn.soft_moe import SoftMoELayer, get_soft_router
 from moe_jax.routing import Balancer, Force, check_choices, get_rule, keep_trace
 from moe_jax.types import Array, RouterOutput, RouterStats, RoutingPlan, Topology, TraceLevel
 
@@ -43,8 +44,9 @@ class DecoderConfig:
       num_choices: K.
       router: what gives the logits, a name in `nn.routers.ROUTERS`.
       router_settings: settings of the router, such as `{"jitter": 0.01}`.
-      rule: a name in `routing.RULES`.
-      rule_settings: settings of the rule, such as `{"scale": 2.5}`.
+      rule: a name in `routing.RULES`, or "soft" for Soft MoE, which mixes tokens and makes no choices: it has a router
+        of its own, and neither `num_choices` nor `backend` has an effect.
+      rule_settings: settings of the rule, such as `{"scale": 2.5}`, or of `nn.soft_moe.SoftRouter`.
       allow_noncausal: whether the rule may let a token's routing depend on later tokens or on other sequences: such a
         model cannot generate as it was trained, and its training loss flatters it.
       backend: a name in `dispatch.BACKENDS`.
@@ -85,15 +87,32 @@ class DecoderConfig:
         for name in ("router_settings", "rule_settings"):
             object.__setattr__(self, name, FrozenDict(getattr(self, name)))  # hashable, as the structure must be
         get_router(self.router, **self.router_settings)
-        rule = get_rule(self.rule, **self.rule_settings)
-        check_choices(rule, self.num_choices, self.num_experts, self.rule)
-        if not (rule.is_causal or self.allow_noncausal):
+        if not (self._rule_is_causal() or self.allow_noncausal):
             raise ValueError(
                 f"rule={self.rule!r} lets a token's routing depend on later tokens or other sequences, which a "
                 "language model does not have when it generates; say allow_noncausal=True if you want that"
             )
         if not self.layers or set(self.layers) - {"dense", "moe"}:
             raise ValueError(f"layers={self.layers} must be a non-empty tuple of 'dense' and 'moe'")
+
+    def _rule_is_causal(self) -> bool:
+        """Whether the rule is causal, once what it cannot do is refused."""
+        if not self.is_soft:
+            rule = get_rule(self.rule, **self.rule_settings)
+            check_choices(rule, self.num_choices, self.num_experts, self.rule)
+            return rule.is_causal
+        get_soft_router(**self.rule_settings)
+        if self.router != "linear" or self.capacity_factor is not None:
+            raise ValueError(
+                f"rule='soft' has its own router and fixed slots: leave router={self.router!r} and "
+                f"capacity_factor={self.capacity_factor} at their defaults"
+            )
+        return False
+
+    @property
+    def is_soft(self) -> bool:
+        """Whether the MoE layers are Soft MoE."""
+        return self.rule == "soft"
 
     @property
     def num_moe_layers(self) -> int:
@@ -112,6 +131,9 @@ def _init_block(config: DecoderConfig, kind: LayerKind, key: Array) -> Block:
     experts = SwiGLUExperts(
         config.num_experts, config.width, config.expert_hidden, output_scale=scale, key=feed_forward_key
     )
+    if config.is_soft:
+        soft_router = get_soft_router(**config.rule_settings)(config.width, config.num_experts, key=router_key)
+        return Block(attention, SoftMoELayer(soft_router, experts, stats_level=config.stats_level), config.width)
     moe = MoELayer(
         get_router(config.router, **config.router_settings)(config.width, config.num_experts, key=router_key),
         experts,
