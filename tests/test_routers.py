@@ -308,11 +308,13 @@ def test_values_out_of_range_are_refused(name, settings, message):
         get_router(name, **settings)(D, E, key=jax.random.key(0))
 
 
-def test_unknown_names_are_refused_when_the_config_is_made():
+def test_unknown_names_and_bad_values_are_refused_when_the_config_is_made():
     with pytest.raises(ValueError, match="unknown router 'best'; known: linear, cosine"):
         dataclasses.replace(TINY, router="best")
     with pytest.raises(ValueError, match=r"router 'mlp' has no setting 'depth'; it has: hidden"):
         dataclasses.replace(TINY, router="mlp", router_settings={"depth": 2})
     with pytest.raises(ValueError, match=r"router 'attention' has no setting 'key'; it has: none"):
         dataclasses.replace(TINY, router="attention", router_settings={"key": 2})
+    with pytest.raises(ValueError, match="num_groups=3 must divide num_experts=4"):
+        dataclasses.replace(TINY, router="hierarchical", router_settings={"num_groups": 3})
     assert hash(dataclasses.replace(TINY, router="mlp", router_settings={"hidden": 3}))

@@ -256,7 +256,7 @@ def test_a_language_model_refuses_it_unless_told():
     with pytest.raises(ValueError, match=r"capacity_factor=1.25 at their defaults"):
         dataclasses.replace(SOFT, capacity_factor=1.25)
     with pytest.raises(ValueError, match="slots_per_expert=0 must be at least 1"):
-        Decoder(dataclasses.replace(SOFT, rule_settings={"slots_per_expert": 0}), key=jax.random.key(0))
+        dataclasses.replace(SOFT, rule_settings={"slots_per_expert": 0})
 
 
 def test_a_model_with_it_trains_and_traces():

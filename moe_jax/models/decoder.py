@@ -7,8 +7,8 @@ stacked in one set of arrays with a leading axis and scanned, so compile time do
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from moe_jax.nn.feed_forward import FeedForward
 from moe_jax.nn.moe import MoELayer, Setting, StatsLevel
 from moe_jax.nn.routers import get_router
 from moe_jax.nn.soft_moe import SoftMoELayer, get_soft_router
-from moe_jax.routing import Balancer, Force, check_choices, get_rule, keep_trace
+from moe_jax.routing import Balancer, Force, check_rule, get_rule, keep_trace
 from moe_jax.types import Array, RouterOutput, RouterStats, RoutingPlan, Topology, TraceLevel
 
 LayerKind = Literal["dense", "moe"]
@@ -86,7 +86,8 @@ class DecoderConfig:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         for name in ("router_settings", "rule_settings"):
             object.__setattr__(self, name, FrozenDict(getattr(self, name)))  # hashable, as the structure must be
-        get_router(self.router, **self.router_settings)
+        init_router = _router_maker(self)
+        jax.eval_shape(lambda: init_router(self.width, self.num_experts, key=jax.random.key(0)))  # refuses bad values
         if not (self._rule_is_causal() or self.allow_noncausal):
             raise ValueError(
                 f"rule={self.rule!r} lets a token's routing depend on later tokens or other sequences, which a "
@@ -99,9 +100,8 @@ class DecoderConfig:
         """Whether the rule is causal, once what it cannot do is refused."""
         if not self.is_soft:
             rule = get_rule(self.rule, **self.rule_settings)
-            check_choices(rule, self.num_choices, self.num_experts, self.rule)
+            check_rule(rule, self.num_choices, self.num_experts, self.rule)
             return rule.is_causal
-        get_soft_router(**self.rule_settings)
         if self.router != "linear" or self.capacity_factor is not None:
             raise ValueError(
                 f"rule='soft' has its own router and fixed slots: leave router={self.router!r} and "
@@ -120,6 +120,13 @@ class DecoderConfig:
         return self.layers.count("moe")
 
 
+def _router_maker(config: DecoderConfig) -> Callable[..., Any]:
+    """Makes the router of an MoE layer from width, number of experts and key."""
+    if config.is_soft:
+        return get_soft_router(**config.rule_settings)
+    return get_router(config.router, **config.router_settings)
+
+
 def _init_block(config: DecoderConfig, kind: LayerKind, key: Array) -> Block:
     """One block; output projections are scaled by 1/sqrt(2 * depth), so that the residual stream starts small."""
     attention_key, feed_forward_key, router_key = jax.random.split(key, 3)
@@ -131,11 +138,11 @@ def _init_block(config: DecoderConfig, kind: LayerKind, key: Array) -> Block:
     experts = SwiGLUExperts(
         config.num_experts, config.width, config.expert_hidden, output_scale=scale, key=feed_forward_key
     )
+    router = _router_maker(config)(config.width, config.num_experts, key=router_key)
     if config.is_soft:
-        soft_router = get_soft_router(**config.rule_settings)(config.width, config.num_experts, key=router_key)
-        return Block(attention, SoftMoELayer(soft_router, experts, stats_level=config.stats_level), config.width)
+        return Block(attention, SoftMoELayer(router, experts, stats_level=config.stats_level), config.width)
     moe = MoELayer(
-        get_router(config.router, **config.router_settings)(config.width, config.num_experts, key=router_key),
+        router,
         experts,
         num_choices=config.num_choices,
         rule=config.rule,
@@ -317,8 +324,9 @@ class Decoder(nnx.Module):
           stats: sums over the whole optimizer step, with a leading `[L]`.
           balancer: moves the selection biases; see `routing.BALANCERS`.
         """
+        total = jax.tree.map(lambda leaf: leaf.sum(0), stats)
         for layers, part in self._routed_stacks(stats):
-            moved = jax.vmap(lambda layer, sums: layer.next_balance(sums, balancer))(layers, part)
+            moved = jax.vmap(lambda layer, sums: layer.next_balance(sums, total, balancer))(layers, part)
             for name, value in moved.items():
                 getattr(layers, name)[...] = value
 

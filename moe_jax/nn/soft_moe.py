@@ -57,7 +57,7 @@ class SoftRouter(nnx.Module):
 
 def get_soft_router(**settings: Any) -> Callable[..., SoftRouter]:
     """The router with its settings, as `nn.routers.get_router`; ValueError with the known ones for an unknown one."""
-    check_settings(settings, settings_of(SoftRouter.__init__) - {"key"}, "rule 'soft'")
+    check_settings(settings, settings_of(SoftRouter.__init__).keys() - {"key"}, "rule 'soft'")
     return partial(SoftRouter, **settings)
 
 

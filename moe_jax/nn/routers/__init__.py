@@ -52,7 +52,7 @@ def get_router(name: str, **settings: Any) -> Callable[..., Router]:
     if name not in ROUTERS:
         raise ValueError(f"unknown router {name!r}; known: {', '.join(ROUTERS)}")
     router = ROUTERS[name]
-    check_settings(settings, settings_of(router.__init__) - {"key"}, f"router {name!r}")
+    check_settings(settings, settings_of(router.__init__).keys() - {"key"}, f"router {name!r}")
     return partial(router, **settings)
 
 
