@@ -65,8 +65,8 @@ def make_layer(seed=0, num_experts=E, **settings):
 
 
 @jax.jit
-def run(layer, x, mask=None, topology=None):
-    return layer(x, mask, topology)
+def run(layer, x, mask=None, topology=None, groups=None):
+    return layer(x, mask, topology, groups)
 
 
 def swiglu(w_in, w_out):
@@ -145,6 +145,14 @@ def test_the_layer_equals_the_loops(normalize, mask):
     np.testing.assert_allclose(output.reshape(T, D), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_layer_sums_statistics_where_it_is_told():
+    layer, x = make_layer(), random_inputs()
+    by_sequence = SoftMoELayer(layer.router, layer.experts, stats_level="sequence")
+    stats = run(by_sequence, x)[1].stats
+    np.testing.assert_allclose(stats.chosen, np.full((B, E), C), rtol=1e-6)
+    np.testing.assert_allclose(stats.prob_sums.sum(0), run(layer, x)[1].stats.prob_sums, rtol=1e-5)
+
+
 def test_masked_tokens_are_inert_even_if_they_are_nan():
     layer, x = make_layer(), random_inputs()
     garbage = np.where(MASK[..., None], x, np.nan)
@@ -170,8 +178,11 @@ def test_a_closed_expert_is_as_if_it_were_not_there():
     smaller.router.phi[...] = layer.router.phi[...][:, : (E - 1) * C]
     for name in ("w_in", "w_out"):
         getattr(smaller.experts, name)[...] = getattr(layer.experts, name)[...][: E - 1]
-    closed = Topology(jnp.array([[True] * (E - 1) + [False]]), jnp.array([E], jnp.int32))
-    np.testing.assert_allclose(run(layer, x, None, closed)[0], run(smaller, x)[0], rtol=1e-5, atol=1e-6)
+    two = Topology(jnp.array([[True] * E, [True] * (E - 1) + [False]]), jnp.array([1, 1], jnp.int32))
+    groups = jnp.broadcast_to(jnp.array([[1], [0], [1]]), (B, S))  # the second sequence sees all experts
+    output = run(layer, x, None, two, groups)[0]
+    np.testing.assert_allclose(output[::2], run(smaller, x)[0][::2], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(output[1], run(layer, x)[0][1], rtol=1e-5, atol=1e-6)
     everything = jax.tree.map(lambda leaf: leaf[0], full_topology(1, E, 1))
     np.testing.assert_array_equal(run(layer, x, None, everything)[0], run(layer, x)[0])
 

@@ -1,7 +1,7 @@
 """The Soft MoE layer (Puigcerver et al. 2308.00951): experts that work on mixtures of a sequence's tokens.
 
 It has D E C + 1 parameters beside its experts', for C slots per expert, and does E C rows of expert work a sequence,
-however long the sequence. The paper gives an expert one slot and takes as many experts as the FLOPs allow.
+however long the sequence. For a given number of slots the paper does best with one per expert.
 """
 
 from collections.abc import Callable

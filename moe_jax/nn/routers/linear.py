@@ -3,7 +3,7 @@
     z = (x W + b) / temperature
     x <- x * u + n in training, u ~ U(1 - jitter, 1 + jitter), n ~ N(0, input_noise^2), for every coordinate
 
-The multiplicative jitter is Switch's (2101.03961), which used 0.01. Only the router sees the disturbed x.
+The multiplicative jitter is Switch's (2101.03961). Only the router sees the disturbed x.
 """
 
 import jax

@@ -3,8 +3,7 @@
     z = gelu(x W_in) W_out
 
 A hidden layer of H units costs 2 H (D + E) FLOPs a token, a linear router 2 D E, so H = D E / (D + E) units, always
-fewer than E, make the two equal. A fair question is whether depth helps at that width; most published routers of this
-kind are far wider.
+fewer than E, make the two equal: at that width the question is whether depth helps, and not whether FLOPs do.
 """
 
 import jax
