@@ -17,7 +17,7 @@ from moe_jax.evolution.genomes import LayerTopology
 from moe_jax.models.decoder import Decoder
 from moe_jax.nn.block import Block
 from moe_jax.nn.moe import MoELayer
-from moe_jax.types import Array
+from moe_jax.types import Array, RoutingPlan
 
 SALIENCIES = ("frequency", "gate_sum", "reap", "gate_norm")
 
@@ -79,7 +79,7 @@ def _layer_sums(block: Block, x: Array, token_mask: Array, token_ids: Array) -> 
     experts = block.feed_forward.experts
     _, normed = block.attend(x, token_mask)
     _, routed = block.feed_forward(normed, token_mask, token_ids=token_ids)
-    assert routed.plan is not None  # a layer by itself returns everything
+    assert isinstance(routed.plan, RoutingPlan)  # a layer by itself returns everything
     tokens, plan = normed.reshape(-1, normed.shape[-1]), routed.plan
 
     def of_expert(expert: tuple[Array, dict[str, Array]]) -> tuple[Array, Array, Array]:

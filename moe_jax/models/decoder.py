@@ -7,8 +7,8 @@ stacked in one set of arrays with a leading axis and scanned, so compile time do
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ from moe_jax.nn.block import Block, RMSNorm
 from moe_jax.nn.experts import SwiGLUExperts
 from moe_jax.nn.feed_forward import FeedForward
 from moe_jax.nn.moe import MoELayer, Setting, StatsLevel
-from moe_jax.nn.router import LinearRouter
+from moe_jax.nn.routers import get_router
+from moe_jax.nn.soft_moe import SoftMoELayer, get_soft_router
 from moe_jax.routing import Balancer, Force, check_rule, get_rule, keep_trace
 from moe_jax.types import Array, RouterOutput, RouterStats, RoutingPlan, Topology, TraceLevel
 
@@ -41,8 +42,11 @@ class DecoderConfig:
       num_experts: E of every MoE layer.
       expert_hidden: F, the hidden width of one expert.
       num_choices: K.
-      rule: a name in `routing.RULES`.
-      rule_settings: settings of the rule, such as `{"scale": 2.5}`.
+      router: what gives the logits, a name in `nn.routers.ROUTERS`.
+      router_settings: settings of the router, such as `{"jitter": 0.01}`.
+      rule: a name in `routing.RULES`, or "soft" for Soft MoE, which mixes tokens and makes no choices: it has a router
+        of its own, and neither `num_choices` nor `backend` has an effect.
+      rule_settings: settings of the rule, such as `{"scale": 2.5}`, or of `nn.soft_moe.SoftRouter`.
       allow_noncausal: whether the rule may let a token's routing depend on later tokens or on other sequences: such a
         model cannot generate as it was trained, and its training loss flatters it.
       backend: a name in `dispatch.BACKENDS`.
@@ -63,6 +67,8 @@ class DecoderConfig:
     num_experts: int = 16
     expert_hidden: int = 48
     num_choices: int = 2
+    router: str = "linear"
+    router_settings: Mapping[str, Setting] = FrozenDict()
     rule: str = "softmax_top_k_renormalized"
     rule_settings: Mapping[str, Setting] = FrozenDict()
     allow_noncausal: bool = False
@@ -78,10 +84,11 @@ class DecoderConfig:
             raise ValueError(f"width={self.width} must be num_heads={self.num_heads} times an even head width")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
-        object.__setattr__(self, "rule_settings", FrozenDict(self.rule_settings))  # hashable, as the structure must be
-        rule = get_rule(self.rule, **self.rule_settings)
-        check_rule(rule, self.num_choices, self.num_experts, self.rule)
-        if not (rule.is_causal or self.allow_noncausal):
+        for name in ("router_settings", "rule_settings"):
+            object.__setattr__(self, name, FrozenDict(getattr(self, name)))  # hashable, as the structure must be
+        init_router = _router_maker(self)
+        jax.eval_shape(lambda: init_router(self.width, self.num_experts, key=jax.random.key(0)))  # refuses bad values
+        if not (self._rule_is_causal() or self.allow_noncausal):
             raise ValueError(
                 f"rule={self.rule!r} lets a token's routing depend on later tokens or other sequences, which a "
                 "language model does not have when it generates; say allow_noncausal=True if you want that"
@@ -89,10 +96,35 @@ class DecoderConfig:
         if not self.layers or set(self.layers) - {"dense", "moe"}:
             raise ValueError(f"layers={self.layers} must be a non-empty tuple of 'dense' and 'moe'")
 
+    def _rule_is_causal(self) -> bool:
+        """Whether the rule is causal, once what it cannot do is refused."""
+        if not self.is_soft:
+            rule = get_rule(self.rule, **self.rule_settings)
+            check_rule(rule, self.num_choices, self.num_experts, self.rule)
+            return rule.is_causal
+        if self.router != "linear" or self.capacity_factor is not None:
+            raise ValueError(
+                f"rule='soft' has its own router and fixed slots: leave router={self.router!r} and "
+                f"capacity_factor={self.capacity_factor} at their defaults"
+            )
+        return False
+
+    @property
+    def is_soft(self) -> bool:
+        """Whether the MoE layers are Soft MoE."""
+        return self.rule == "soft"
+
     @property
     def num_moe_layers(self) -> int:
         """L of routing: how many layers route."""
         return self.layers.count("moe")
+
+
+def _router_maker(config: DecoderConfig) -> Callable[..., Any]:
+    """Makes the router of an MoE layer from width, number of experts and key."""
+    if config.is_soft:
+        return get_soft_router(**config.rule_settings)
+    return get_router(config.router, **config.router_settings)
 
 
 def _init_block(config: DecoderConfig, kind: LayerKind, key: Array) -> Block:
@@ -106,8 +138,11 @@ def _init_block(config: DecoderConfig, kind: LayerKind, key: Array) -> Block:
     experts = SwiGLUExperts(
         config.num_experts, config.width, config.expert_hidden, output_scale=scale, key=feed_forward_key
     )
+    router = _router_maker(config)(config.width, config.num_experts, key=router_key)
+    if config.is_soft:
+        return Block(attention, SoftMoELayer(router, experts, stats_level=config.stats_level), config.width)
     moe = MoELayer(
-        LinearRouter(config.width, config.num_experts, key=router_key),
+        router,
         experts,
         num_choices=config.num_choices,
         rule=config.rule,
@@ -297,15 +332,14 @@ class Decoder(nnx.Module):
 
     def router_penalty(self, stats: RouterStats) -> Array:
         """`[L]` losses that the rules themselves ask for, from stats `[L, ...]`; 0 for most rules."""
-        return jnp.concatenate(
-            [
-                jax.vmap(lambda layer, sums: layer.penalty(sums))(layers, part)
-                for layers, part in self._routed_stacks(stats)
-            ]
-        )
+        penalties = [
+            jax.vmap(lambda layer, sums: layer.penalty(sums))(layers, part)
+            for layers, part in self._routed_stacks(stats)
+        ]
+        return jnp.concatenate(penalties) if penalties else jnp.zeros(self.config.num_moe_layers)
 
     def _routed_stacks(self, stats: RouterStats) -> Iterator[tuple[MoELayer, RouterStats]]:
-        """Each stack's MoE layers with their part of the stats."""
+        """Each stack of layers that follow a rule, with their part of the stats."""
         start = 0
         for stack, (_, group) in zip(self.stacks, _runs(self.config.layers), strict=True):
             if isinstance(stack.feed_forward, MoELayer):

@@ -9,7 +9,7 @@ from flax import nnx
 
 from moe_jax.dispatch import get_backend
 from moe_jax.nn.experts import SwiGLUExperts
-from moe_jax.nn.router import Balance, LinearRouter
+from moe_jax.nn.routers import Router
 from moe_jax.routing import Balancer, Force, Rule, check_rule, expert_capacity, get_rule, route
 from moe_jax.types import Array, RouterOutput, RouterStats, RoutingPlan, Topology
 
@@ -17,12 +17,16 @@ StatsLevel = Literal["batch", "sequence", "token"]
 Setting = bool | int | float | str
 
 
+class Balance(nnx.Variable):
+    """State of a balance rule: carried by the model, updated once per optimizer step, never trained."""
+
+
 class MoELayer(nnx.Module):
     """Sends each token to some of E experts and sums their gated outputs. Owns parameters; functions do the maths."""
 
     def __init__(
         self,
-        router: LinearRouter,
+        router: Router,
         experts: SwiGLUExperts,
         *,
         num_choices: int,
@@ -35,7 +39,7 @@ class MoELayer(nnx.Module):
         """Joins the parts; every name is an entry of its table and checked here.
 
         Args:
-          router: gives `[B, S, E]` logits.
+          router: gives `[B, S, E]` logits; see `nn.routers`.
           experts: the stacked experts.
           num_choices: K.
           rule: a name in `routing.RULES`.
@@ -117,7 +121,7 @@ class MoELayer(nnx.Module):
             force=force,
             stats_groups={"batch": None, "sequence": num_sequences, "token": num_tokens}[self.stats_level],
         )
-        assert output.plan is not None  # route always makes one; only keep_trace drops it
+        assert isinstance(output.plan, RoutingPlan)  # route always makes one; only keep_trace drops it
         dispatch = get_backend(self.backend)
         params = self.experts.parameters(x.dtype)
         mixed = dispatch(x.reshape(num_tokens, -1), output.plan, self.experts.expert, params)
