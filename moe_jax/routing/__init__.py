@@ -12,7 +12,16 @@ from moe_jax.routing.balance import BALANCERS, Balancer, get_balancer, move_bias
 from moe_jax.routing.capacity import drop_over_capacity, expert_capacity
 from moe_jax.routing.route import keep_trace, route
 from moe_jax.routing.rule import Controller, Rule, bind_settings, check_choices
+from moe_jax.routing.rules.assignment import base, sinkhorn
+from moe_jax.routing.rules.expert_choice import expert_choice
 from moe_jax.routing.rules.top_k import top_k, top_k_softmax
+from moe_jax.routing.rules.unlearned import (
+    forced_skewed,
+    forced_uniform,
+    forced_zipf,
+    hash_token_ids,
+    random_experts,
+)
 from moe_jax.routing.scores import normalize, score
 from moe_jax.routing.select import biased, gather_chosen, select_top_k
 from moe_jax.routing.statistics import count_assignments, router_stats
@@ -69,4 +78,12 @@ RULES = {
     ),
     "top_k_softmax": Rule(top_k_softmax, "arXiv:2401.04088", normalized=True),
     "switch_top_1": Rule(top_k, "arXiv:2101.03961, eq. 2", only_choices=1),
+    "expert_choice": Rule(expert_choice, "arXiv:2202.09368", is_causal=False, fixed_count=False),
+    "base": Rule(base, "arXiv:2103.16716", is_causal=False, only_choices=1),
+    "sinkhorn": Rule(sinkhorn, "arXiv:2202.01169", is_causal=False),
+    "hash": Rule(hash_token_ids, "arXiv:2106.04426", normalized=True, is_learned=False, needs_token_ids=True),
+    "random": Rule(random_experts, "this project", normalized=True, is_learned=False),
+    "forced_uniform": Rule(forced_uniform, "this project", normalized=True, is_learned=False),
+    "forced_zipf": Rule(forced_zipf, "this project", normalized=True, is_learned=False),
+    "forced_skewed": Rule(forced_skewed, "this project", normalized=True, is_learned=False),
 }
