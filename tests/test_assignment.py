@@ -91,14 +91,16 @@ def test_degenerate_problems_end():
     np.testing.assert_array_equal(nobody.expert_ids, 2)
     one_left = auction(jnp.zeros((3, 2)), jnp.array([0, 3]), jnp.tile(jnp.array([[False, True]]), (3, 1)))
     np.testing.assert_array_equal(one_left.expert_ids, 1)
-    assert auction(jnp.full((4, 2), jnp.nan), jnp.full(2, 2), max_rounds=50).num_rounds <= 50
+    broken = auction(jnp.full((4, 2), jnp.nan), jnp.full(2, 2), max_rounds=50)
+    np.testing.assert_array_equal(np.bincount(broken.expert_ids), 2)
 
 
-def test_a_bound_on_the_rounds_leaves_tokens_out_and_overfills_nobody():
-    affinities = affinities_of("popular", 64, 8)
-    result = auction(affinities, jnp.full(8, 8), max_rounds=3)
-    counts = np.bincount(result.expert_ids, minlength=9)
-    assert result.num_rounds == 3 and counts[8] > 0 and counts[:8].max() <= 8
+@pytest.mark.parametrize("max_rounds", [0, 3, 20])
+def test_where_a_bound_on_the_rounds_strikes_every_seat_is_filled_all_the_same(max_rounds):
+    affinities, seats, is_token = affinities_of("popular", 64, 8), np.arange(8) + 4, np.arange(64) >= 4
+    result = auction(affinities, jnp.asarray(seats), is_token[:, None] & np.ones(8, bool), max_rounds=max_rounds)
+    np.testing.assert_array_equal(np.bincount(result.expert_ids, minlength=9), [*seats, 4])
+    assert result.num_rounds == max_rounds
 
 
 def test_vmap_runs_each_auction_to_its_own_end():

@@ -62,8 +62,9 @@ def assign_by_auction(
     The spread is the range of the open affinities. A closed pair counts as `(E + 1) * spread` less than the worst open
     one, more than any chain of moves can cost: with `tolerance < 1 / E` a token is left without a seat only if no
     assignment seats more. Prices only rise, by at least epsilon, and an expert with a free seat bounds them, so the
-    auction ends; `max_rounds` bounds its cost too. Where it strikes, some tokens have no seat and nothing is proven of
-    the sum, but no expert has more than its seats.
+    auction ends; `max_rounds` bounds its cost too. Where it strikes (hundreds of equal rows on as many experts), the
+    tokens still without a seat take the free ones in order: every expert has its number, but nothing is proven of the
+    sum.
 
     Args:
       affinities: `[T, E]` finite; computed in float32, without gradient.
@@ -102,8 +103,9 @@ def assign_by_auction(
     coarsest = jnp.maximum(_COARSEST * spread, finest)
     start = _Auction(nobody, jnp.zeros(num_tokens), jnp.zeros(num_experts), coarsest, jnp.int32(0))
     end = jax.lax.while_loop(is_running, next_round, start)
-    is_allowed = jnp.take_along_axis(is_open, jnp.minimum(end.owners, num_experts - 1)[:, None], axis=1)[:, 0]
-    return Assignment(jnp.where(is_allowed, end.owners, num_experts), end.prices, end.num_rounds)
+    ids = _fill_free_seats(end.owners, is_unseated(end), seats)
+    is_allowed = jnp.take_along_axis(is_open, jnp.minimum(ids, num_experts - 1)[:, None], axis=1)[:, 0]
+    return Assignment(jnp.where(is_allowed, ids, num_experts), end.prices, end.num_rounds)
 
 
 def _worths(affinities: Array, seats: Array, is_open: Array) -> tuple[Array, Array]:
@@ -139,3 +141,11 @@ def _bid(auction: _Auction, is_bidding: Array, worths: Array, seats: Array, larg
     lowest_kept = jnp.zeros(num_experts + 1).at[last].set(bids[order])[:num_experts]
     prices = jnp.where(counts[:num_experts] >= seats, lowest_kept, auction.prices)
     return _Auction(owners, bids, prices, auction.epsilon, auction.num_rounds + 1)
+
+
+def _fill_free_seats(owners: Array, is_unseated: Array, seats: Array) -> Array:
+    """The owners `[T]`, the unseated ones at the seats that are left, both in order."""
+    _, counts = rank_in_expert(owners, seats.shape[0])
+    free = jnp.cumsum(seats - counts[:-1])
+    filled = jnp.searchsorted(free, jnp.cumsum(is_unseated) - 1, side="right")
+    return jnp.where(is_unseated, filled, owners).astype(jnp.int32)
