@@ -17,10 +17,13 @@ from flax.core import FrozenDict
 
 from moe_jax.nn.attention import Attention
 from moe_jax.nn.block import Block, RMSNorm
-from moe_jax.nn.experts import SwiGLUExperts
+from moe_jax.nn.expert_stack import ExpertStack, Setting
+from moe_jax.nn.experts import get_expert_kind
 from moe_jax.nn.feed_forward import FeedForward
-from moe_jax.nn.moe import MoELayer, Setting, StatsLevel
+from moe_jax.nn.latent import Latent
+from moe_jax.nn.moe import MoELayer, StatsLevel
 from moe_jax.nn.router import LinearRouter
+from moe_jax.nn.zero_compute import ZeroComputeExperts, ZeroComputeKind
 from moe_jax.routing import Balancer, Force, check_choices, get_rule, keep_trace
 from moe_jax.types import Array, RouterOutput, RouterStats, RoutingPlan, Topology, TraceLevel
 
@@ -40,7 +43,14 @@ class DecoderConfig:
       dense_hidden: hidden width of a dense layer's feed-forward.
       num_experts: E of every MoE layer.
       expert_hidden: F, the hidden width of one expert.
-      num_choices: K.
+      expert: the kind of network of experts, shared experts and dense layers, a name in `nn.experts.EXPERTS`.
+      expert_settings: settings of the kind, such as `{"bias": True}`.
+      expert_hidden_sizes: hidden width of each of the E experts, at most `expert_hidden`; empty for all alike.
+      shared_hidden: hidden width of the shared experts together, which every token passes; 0 for none.
+      shared_gate: whether their output is gated.
+      latent_width: width in which the routed experts work; None for D.
+      zero_compute: kinds of zero-compute experts, which the router scores behind the E others.
+      num_choices: K, zero-compute experts included.
       rule: a name in `routing.RULES`.
       rule_settings: settings of the rule, such as `{"scale": 2.5}`.
       allow_noncausal: whether the rule may let a token's routing depend on later tokens or on other sequences: such a
@@ -62,6 +72,13 @@ class DecoderConfig:
     dense_hidden: int = 256
     num_experts: int = 16
     expert_hidden: int = 48
+    expert: str = "swiglu"
+    expert_settings: Mapping[str, Setting] = FrozenDict()
+    expert_hidden_sizes: tuple[int, ...] = ()
+    shared_hidden: int = 0
+    shared_gate: bool = False
+    latent_width: int | None = None
+    zero_compute: tuple[ZeroComputeKind, ...] = ()
     num_choices: int = 2
     rule: str = "softmax_top_k_renormalized"
     rule_settings: Mapping[str, Setting] = FrozenDict()
@@ -78,9 +95,13 @@ class DecoderConfig:
             raise ValueError(f"width={self.width} must be num_heads={self.num_heads} times an even head width")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
-        object.__setattr__(self, "rule_settings", FrozenDict(self.rule_settings))  # hashable, as the structure must be
+        for name in ("rule_settings", "expert_settings"):  # hashable, as the structure must be
+            object.__setattr__(self, name, FrozenDict(getattr(self, name)))
+        get_expert_kind(self.expert, **self.expert_settings)  # an unknown one fails here
+        if self.shared_gate and not self.shared_hidden:
+            raise ValueError("shared_gate=True has nothing to gate: give shared_hidden, the shared experts' width")
         rule = get_rule(self.rule, **self.rule_settings)
-        check_choices(rule, self.num_choices, self.num_experts, self.rule)
+        check_choices(rule, self.num_choices, self.total_experts, self.rule)
         if not (rule.is_causal or self.allow_noncausal):
             raise ValueError(
                 f"rule={self.rule!r} lets a token's routing depend on later tokens or other sequences, which a "
@@ -88,6 +109,11 @@ class DecoderConfig:
             )
         if not self.layers or set(self.layers) - {"dense", "moe"}:
             raise ValueError(f"layers={self.layers} must be a non-empty tuple of 'dense' and 'moe'")
+
+    @property
+    def total_experts(self) -> int:
+        """The experts that the router scores: E and the zero-compute ones."""
+        return self.num_experts + len(self.zero_compute)
 
     @property
     def num_moe_layers(self) -> int:
@@ -101,14 +127,53 @@ def _init_block(config: DecoderConfig, kind: LayerKind, key: Array) -> Block:
     scale = (2 * len(config.layers)) ** -0.5
     attention = Attention(config.width, config.num_heads, config.num_kv_heads, output_scale=scale, key=attention_key)
     if kind == "dense":
-        dense = FeedForward(config.width, config.dense_hidden, output_scale=scale, key=feed_forward_key)
-        return Block(attention, dense, config.width)
-    experts = SwiGLUExperts(
-        config.num_experts, config.width, config.expert_hidden, output_scale=scale, key=feed_forward_key
+        return Block(attention, _init_network(config, config.dense_hidden, scale, feed_forward_key), config.width)
+    router = LinearRouter(config.width, config.total_experts, key=router_key)
+    moe = _init_moe(config, router, scale, feed_forward_key, jax.random.fold_in(key, 3))
+    return Block(attention, moe, config.width)
+
+
+def _init_network(config: DecoderConfig, hidden: int, scale: float, key: Array, is_gated: bool = False) -> FeedForward:
+    """A network that every token passes."""
+    return FeedForward(
+        config.width,
+        hidden,
+        kind=config.expert,
+        settings=config.expert_settings,
+        is_gated=is_gated,
+        output_scale=scale,
+        key=key,
     )
-    moe = MoELayer(
-        LinearRouter(config.width, config.num_experts, key=router_key),
+
+
+def _init_moe(config: DecoderConfig, router: LinearRouter, scale: float, key: Array, parts_key: Array) -> MoELayer:
+    """A mixture of experts: the stack from one key, the parts that most configs do without from the other."""
+    shared_key, latent_key, zero_compute_key = jax.random.split(parts_key, 3)
+    shared = latent = zero_compute = None
+    expert_width, expert_scale = config.width, scale
+    if config.shared_hidden:
+        shared = _init_network(config, config.shared_hidden, scale, shared_key, config.shared_gate)
+    if config.latent_width is not None:
+        expert_width, expert_scale = config.latent_width, 1.0
+        latent = Latent(config.width, expert_width, output_scale=scale, key=latent_key)
+    if config.zero_compute:
+        zero_compute = ZeroComputeExperts(config.zero_compute, config.width, key=zero_compute_key)
+    experts = ExpertStack(
+        config.num_experts,
+        expert_width,
+        config.expert_hidden,
+        kind=config.expert,
+        settings=config.expert_settings,
+        hidden_sizes=config.expert_hidden_sizes,
+        output_scale=expert_scale,
+        key=key,
+    )
+    return MoELayer(
+        router,
         experts,
+        shared=shared,
+        latent=latent,
+        zero_compute=zero_compute,
         num_choices=config.num_choices,
         rule=config.rule,
         rule_settings=config.rule_settings,
@@ -116,7 +181,6 @@ def _init_block(config: DecoderConfig, kind: LayerKind, key: Array) -> Block:
         capacity_factor=config.capacity_factor,
         stats_level=config.stats_level,
     )
-    return Block(attention, moe, config.width)
 
 
 class Decoder(nnx.Module):
