@@ -190,7 +190,6 @@ OPTIONS = {
     "deep": {"expert": "deep", "expert_settings": {"num_layers": 3}},
     "one's own": {"expert": "scaled_tanh"},
     "sizes": {"expert_hidden_sizes": (6, 4, 2, 2)},
-    "shared": {"shared_hidden": 5},
     "gated shared": {"shared_hidden": 5, "shared_gate": True},
     "latent": {"latent_width": 8},
     "zero-compute": {"zero_compute": ("zero", "copy", "constant")},

@@ -65,30 +65,32 @@ class AttentionExperts(nnx.Module):
         Returns:
           `[B, S, D]`.
         """
-        num_sequences, length, width = x.shape
-        num_experts, _, num_heads, head_width = self.query.shape
+        num_experts, width, *heads = self.query.shape
         num_choices = plan.expert_ids.shape[1]
-        queries, outputs = _slot_by_slot(plan)
+        into, out_of = _slot_by_slot(plan)
         rows = jnp.repeat(x.reshape(-1, width), num_choices, axis=0)  # [T, D] -> [T*K, D]
-        query_weights = self.query[...].astype(x.dtype).reshape(num_experts, width, -1)
-        query = dispatch(rows, queries, PROJECTION, query_weights)
-        # (T*K, H*Dh) -> (B, S, H*K, Dh): query heads that share a key stand together
-        query = query.reshape(num_sequences, length, num_choices, num_heads, head_width).swapaxes(2, 3)
-        query = query.reshape(num_sequences, length, num_heads * num_choices, head_width)
+        query = dispatch(rows, into, PROJECTION, self.query[...].astype(x.dtype).reshape(num_experts, width, -1))
+        query = query.reshape(*x.shape[:2], num_choices, *heads)  # (T*K, H*Dh) -> (B, S, K, H, Dh)
         key, value = jnp.moveaxis(jnp.einsum("bsd,dahk->bsahk", x, self.key_value[...].astype(x.dtype)), 2, 0)
-        positions = jnp.arange(length)
-        mixed = jax.nn.dot_product_attention(
-            rotate(query, positions),
-            rotate(key, positions),
-            value,
-            mask=None if token_mask is None else token_mask[:, None, None, :],
-            is_causal=True,
-        )
-        mixed = mixed.reshape(num_sequences, length, num_heads, num_choices, head_width).swapaxes(2, 3)
-        rows = mixed.reshape(-1, num_heads * head_width)  # (B, S, K, H, Dh) -> (T*K, H*Dh)
-        out_weights = self.out[...].astype(x.dtype).reshape(num_experts, -1, width)
-        y = dispatch(rows, outputs, PROJECTION, out_weights).reshape(num_sequences, length, num_choices, width)
-        return jnp.sum(y, axis=2, dtype=jnp.float32).astype(x.dtype)
+        mixed = _attend(query, key, value, token_mask).reshape(len(rows), -1)  # -> (T*K, H*Dh)
+        y = dispatch(mixed, out_of, PROJECTION, self.out[...].astype(x.dtype).reshape(num_experts, -1, width))
+        return y.reshape(*x.shape[:2], num_choices, width).sum(2, dtype=jnp.float32).astype(x.dtype)
+
+
+def _attend(query: Array, key: Array, value: Array, token_mask: Array | None) -> Array:
+    """Causal, with rotary positions: query `[B, S, K, H, Dh]`, key and value `[B, S, H, Dh]`, to query's shape."""
+    num_sequences, length, num_choices, num_heads, head_width = query.shape
+    # (B, S, K, H, Dh) -> (B, S, H*K, Dh): query heads that share a key stand together
+    grouped = query.swapaxes(2, 3).reshape(num_sequences, length, num_heads * num_choices, head_width)
+    positions = jnp.arange(length)
+    mixed = jax.nn.dot_product_attention(
+        rotate(grouped, positions),
+        rotate(key, positions),
+        value,
+        mask=None if token_mask is None else token_mask[:, None, None, :],
+        is_causal=True,
+    )
+    return mixed.reshape(num_sequences, length, num_heads, num_choices, head_width).swapaxes(2, 3)
 
 
 def _slot_by_slot(plan: RoutingPlan) -> tuple[RoutingPlan, RoutingPlan]:
