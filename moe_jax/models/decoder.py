@@ -24,7 +24,7 @@ from moe_jax.nn.latent import Latent
 from moe_jax.nn.moe import MoELayer, StatsLevel
 from moe_jax.nn.router import LinearRouter
 from moe_jax.nn.zero_compute import ZeroComputeExperts, ZeroComputeKind
-from moe_jax.routing import Balancer, Force, check_choices, get_rule, keep_trace
+from moe_jax.routing import Balancer, Force, check_rule, get_rule, keep_trace
 from moe_jax.types import Array, RouterOutput, RouterStats, RoutingPlan, Topology, TraceLevel
 
 LayerKind = Literal["dense", "moe"]
@@ -101,7 +101,7 @@ class DecoderConfig:
         if self.shared_gate and not self.shared_hidden:
             raise ValueError("shared_gate=True has nothing to gate: give shared_hidden, the shared experts' width")
         rule = get_rule(self.rule, **self.rule_settings)
-        check_choices(rule, self.num_choices, self.total_experts, self.rule)
+        check_rule(rule, self.num_choices, self.total_experts, self.rule)
         if not (rule.is_causal or self.allow_noncausal):
             raise ValueError(
                 f"rule={self.rule!r} lets a token's routing depend on later tokens or other sequences, which a "
@@ -353,8 +353,9 @@ class Decoder(nnx.Module):
           stats: sums over the whole optimizer step, with a leading `[L]`.
           balancer: moves the selection biases; see `routing.BALANCERS`.
         """
+        total = jax.tree.map(lambda leaf: leaf.sum(0), stats)
         for layers, part in self._routed_stacks(stats):
-            moved = jax.vmap(lambda layer, sums: layer.next_balance(sums, balancer))(layers, part)
+            moved = jax.vmap(lambda layer, sums: layer.next_balance(sums, total, balancer))(layers, part)
             for name, value in moved.items():
                 getattr(layers, name)[...] = value
 

@@ -51,9 +51,9 @@ def router_stats(
         load=choice.load,
     )
     if num_groups is None:
-        return _sum_tokens(per_token)
+        return _sum_tokens(per_token, choice.num_null)
     groups = jax.tree.map(lambda x: x.reshape(num_groups, -1, *x.shape[1:]), per_token)
-    return jax.vmap(_sum_tokens)(groups)
+    return jax.vmap(lambda group: _sum_tokens(group, choice.num_null))(groups)
 
 
 class _PerToken(NamedTuple):
@@ -70,11 +70,15 @@ class _PerToken(NamedTuple):
     load: Array | None
 
 
-def _sum_tokens(tokens: _PerToken) -> RouterStats:
+def _sum_tokens(tokens: _PerToken, num_null: int) -> RouterStats:
     num_experts = tokens.probabilities.shape[-1]
     is_chosen = tokens.chosen_ids[:, :, None] == jnp.arange(num_experts)[None, None, :]
     chosen = is_chosen.sum((0, 1), dtype=jnp.float32)
     kept = count_assignments(tokens.kept_ids, num_experts)
+    num_true = num_experts - num_null
+    dropped = (chosen - kept)[:num_true].sum()
+    if num_null:
+        chosen = chosen.at[num_true:].set(chosen[num_true:].mean())
     num_tokens = tokens.is_token.sum(dtype=jnp.float32)
     return RouterStats(
         chosen=chosen,
@@ -82,7 +86,7 @@ def _sum_tokens(tokens: _PerToken) -> RouterStats:
         prob_sums=tokens.probabilities.sum(0),
         entropy_sum=tokens.entropy.sum(),
         z_sum=jnp.square(tokens.log_normalizer).sum(),
-        dropped_capacity=(chosen - kept).sum(),
+        dropped_capacity=dropped,
         dropped_topology=jnp.float32(0) if tokens.asked is None else tokens.asked.sum(dtype=jnp.float32) - chosen.sum(),
         num_tokens=num_tokens,
         num_masked=tokens.is_token.shape[0] - num_tokens,
