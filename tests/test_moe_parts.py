@@ -155,6 +155,22 @@ def test_zero_compute_by_hand():
     assert rest.num_experts == 1
 
 
+def test_null_experts_need_no_parameters():
+    """The rule of AdaMoE over two columns of kind "zero" is what it is over a stack with two experts never read."""
+    rule = {"num_choices": K, "rule": "null_experts", "rule_settings": {"num_null": 2}}
+    router = LinearRouter(D, E + 2, key=jax.random.key(1))
+    whole = ExpertStack(E + 2, D, F, key=jax.random.key(2))
+    part = ExpertStack(E, D, F, key=jax.random.key(2))
+    part.w_in[...], part.w_out[...] = whole.w_in[:E], whole.w_out[:E]
+    zeros = ZeroComputeExperts(("zero",) * 2, D, key=jax.random.key(0))
+    slim, routed = run(MoELayer(router, part, zero_compute=zeros, **rule), X, MASK)
+    wide, _ = run(MoELayer(router, whole, **rule), X, MASK)
+    np.testing.assert_allclose(slim, wide, atol=1e-6)
+    assert routed.stats.chosen[E:].min() > 0
+    with pytest.raises(ValueError, match=r"'null_experts' ignores the last 2 columns, so these of .* must be 'zero'"):
+        make_layer(zero_compute=True, rule="null_experts", rule_settings={"num_null": 2})
+
+
 def test_topology_covers_zero_compute_experts():
     layer = make_layer(zero_compute=True)
     only_zeros = jax.tree.map(lambda x: x[0], full_topology(1, E + len(KINDS), K))

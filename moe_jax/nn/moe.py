@@ -20,7 +20,7 @@ from moe_jax.nn.feed_forward import FeedForward
 from moe_jax.nn.latent import Latent
 from moe_jax.nn.router import Balance, LinearRouter
 from moe_jax.nn.zero_compute import ZeroComputeExperts, without_zero_compute
-from moe_jax.routing import Balancer, Force, Rule, check_rule, expert_capacity, get_rule, route
+from moe_jax.routing import Balancer, Force, Rule, check_rule, expert_capacity, get_rule, route, rule_settings
 from moe_jax.types import Array, RouterOutput, RouterStats, RoutingPlan, Topology
 
 StatsLevel = Literal["batch", "sequence", "token"]
@@ -67,6 +67,7 @@ class MoELayer(nnx.Module):
         self.backend, self.stats_level = backend, stats_level
         num_experts = self.num_experts
         check_rule(self.routing_rule, num_choices, num_experts, rule)
+        _check_null_experts(self.routing_rule, zero_compute, rule)
         controller = self.routing_rule.controller
         self.bias = Balance(jnp.zeros(num_experts))
         self.level = Balance(jnp.float32(0 if controller is None else controller.start))
@@ -175,3 +176,11 @@ class MoELayer(nnx.Module):
         if controller is None or controller.penalty is None:
             return jnp.float32(0)
         return controller.penalty(self.level[...], stats, self.num_choices)
+
+
+def _check_null_experts(rule: Rule, zero_compute: ZeroComputeExperts | None, name: str) -> None:
+    """Refuses zero-compute experts that a rule with null experts of its own would never let speak."""
+    num_null = rule_settings(rule).get("num_null", 0)
+    kinds = () if zero_compute is None else zero_compute.kinds
+    if set(kinds[::-1][:num_null]) - {"zero"}:
+        raise ValueError(f"rule {name!r} ignores the last {num_null} columns, so these of {kinds} must be 'zero'")
