@@ -8,6 +8,7 @@ Axis legend, used in every docstring and einsum of the project:
 
 Routing and dispatch meet only in `RoutingPlan`: any rule works with any backend, and a plan can be
 recorded, edited and replayed. "No expert" is the sentinel id `E` (`plan.num_experts`), never -1.
+Soft MoE, which chooses nothing, has a `SoftPlan` and one way to run it.
 """
 
 from __future__ import annotations
@@ -107,6 +108,22 @@ class RoutingPlan:
 
 
 @_pytree
+class SoftPlan:
+    """Soft MoE's assignment: every slot of an expert is a mixture of tokens, every output a mixture of slots.
+
+    Attributes:
+      dispatch: `[T, E, C]` float32, token t's share of slot c of expert e in its own sequence. Over a sequence's tokens
+        the shares of a slot sum to 1, or are all 0 if the expert is open to none of them.
+      combine: `[T, E, C]` float32, the slot's share in token t's output; sums to 1 over all slots, 0 for masked tokens.
+      num_sequences: B; the T tokens are B sequences of equal length, and an expert has C slots for each.
+    """
+
+    dispatch: Array
+    combine: Array
+    num_sequences: int = static()
+
+
+@_pytree
 class RouterStats:
     """Sums over tokens, all float32: they add over micro-batches, sequences and devices.
 
@@ -150,7 +167,7 @@ class RouterOutput:
       stats: sum-form statistics, or None at trace level "off".
     """
 
-    plan: RoutingPlan | None
+    plan: RoutingPlan | SoftPlan | None
     logits: Array | None
     stats: RouterStats | None
 

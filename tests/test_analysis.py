@@ -14,9 +14,8 @@ from tests.synthetic_routing import make_documents
 def router_stats(num_layers=2, kept=6.0, capacity=3.0, topology=1.0):
     layers = jnp.ones(num_layers)
     vector = jnp.full((num_layers, 2), kept / 2)
-    return RouterStats(
-        vector, vector, vector, layers, layers, layers * capacity, layers * topology, layers * 5, layers * 0
-    )
+    lost = (layers * capacity, layers * topology)
+    return RouterStats(vector, vector, vector, layers, layers, *lost, layers * 5, layers * 0, vector, vector)
 
 
 def test_drop_rates_by_cause():

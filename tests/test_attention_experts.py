@@ -11,7 +11,7 @@ from flax import nnx
 from moe_jax.dispatch import BACKENDS
 from moe_jax.nn.attention_experts import AttentionExperts
 from moe_jax.nn.moe import MoELayer
-from moe_jax.nn.router import LinearRouter
+from moe_jax.nn.routers import LinearRouter
 from moe_jax.types import RoutingPlan
 
 E, K, D, H, DH, B, S = 4, 2, 10, 3, 4, 2, 6

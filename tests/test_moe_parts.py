@@ -17,7 +17,7 @@ from moe_jax.nn.experts import EXPERTS, ExpertKind, lift
 from moe_jax.nn.feed_forward import FeedForward
 from moe_jax.nn.latent import Latent
 from moe_jax.nn.moe import MoELayer
-from moe_jax.nn.router import LinearRouter
+from moe_jax.nn.routers import LinearRouter
 from moe_jax.nn.zero_compute import ZeroComputeExperts, mix_zero_compute, without_zero_compute
 from moe_jax.routing import full_topology
 from moe_jax.types import RoutingPlan
@@ -83,7 +83,7 @@ def layer_loop(layer, x, token_mask):
             elif KINDS[e - E] == "constant":
                 n = KINDS[: e - E].count("constant")
                 a, b = np.exp(token @ leaf(layer.zero_compute.weights)[n])
-                out += gate * (a * token + b * leaf(layer.zero_compute.vectors)[n]) / (a + b)
+                out += gate * (a * token + b * leaf(layer.zero_compute.bias)[n]) / (a + b)
         if not np.isscalar(routed):
             out += routed if layer.latent is None else routed @ leaf(layer.latent.up)
         if layer.shared is not None:
@@ -201,6 +201,7 @@ def draw_scaled_tanh(key, num_experts, width, hidden, output_scale):
 
 
 OPTIONS = {
+    "soft": {"expert": "gpt_oss", "rule": "soft", "allow_noncausal": True},
     "mlp": {"expert": "mlp", "expert_settings": {"activation": "relu", "bias": True}},
     "gpt_oss": {"expert": "gpt_oss"},
     "deep": {"expert": "deep", "expert_settings": {"num_layers": 3}},
@@ -263,6 +264,7 @@ def test_parts_leave_the_other_draws_alone():
         ({"expert_settings": {"bias": True, "clamp": 7}}, "'swiglu' has no setting 'clamp'"),
         ({"shared_gate": True}, "shared_gate=True has nothing to gate: give shared_hidden"),
         ({"num_choices": 6, "zero_compute": ("zero",)}, r"num_choices must be in \[1, 5\] for 5 experts, got 6"),
+        ({"rule": "soft", "shared_hidden": 5, "allow_noncausal": True}, "rule='soft' goes without shared, latent and"),
         ({"latent_width": 0}, "latent_width must be at least 1, got 0"),
         (
             {"zero_compute": ("nothing",)},

@@ -10,7 +10,7 @@ from moe_jax.nn.expert_stack import ExpertStack
 from moe_jax.nn.feed_forward import FeedForward
 from moe_jax.nn.latent import Latent
 from moe_jax.nn.moe import MoELayer
-from moe_jax.nn.router import LinearRouter
+from moe_jax.nn.routers import LinearRouter
 from moe_jax.nn.zero_compute import ZeroComputeExperts
 
 E, K, D, F = 6, 2, 12, 10
@@ -64,7 +64,6 @@ def assert_equal(layer, block, call=None):
 
 def test_gpt_oss_experts():
     """Its gate and up columns alternate; a large scale reaches the clamps."""
-    import torch
     from transformers import GptOssConfig
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
@@ -72,13 +71,14 @@ def test_gpt_oss_experts():
         hidden_size=D, intermediate_size=F, num_local_experts=E, num_experts_per_tok=K, experts_implementation="eager"
     )
     block = drawn(GptOssMLP(config), scale=1.5)
-    with torch.no_grad():
-        block.router.bias.zero_()  # a linear router has none
     layer = MoELayer(
-        LinearRouter(D, E, key=KEY), ExpertStack(E, D, F, kind="gpt_oss", key=KEY), num_choices=K, rule="top_k_softmax"
+        LinearRouter(D, E, bias=True, key=KEY),
+        ExpertStack(E, D, F, kind="gpt_oss", key=KEY),
+        num_choices=K,
+        rule="top_k_softmax",
     )
     halves = np.r_[0 : 2 * F : 2, 1 : 2 * F : 2]
-    fill(layer.router, kernel=array(block.router.weight).T)
+    fill(layer.router, kernel=array(block.router.weight).T, bias=array(block.router.bias))
     fill(
         layer.experts,
         w_in=array(block.experts.gate_up_proj)[:, :, halves],

@@ -149,7 +149,7 @@ def _route(
             num_sequences=NUM_SEQUENCES,
             capacity=capacity,
         )
-        assert output.plan is not None
+        assert isinstance(output.plan, RoutingPlan)
         return output.plan.gates, output
 
     _, pull_back, output = jax.vjp(gates_of, logits, has_aux=True)

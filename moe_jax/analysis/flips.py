@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from moe_jax.analysis.confidence import boundary_margin
-from moe_jax.types import RouterOutput
+from moe_jax.types import RouterOutput, RoutingPlan
 
 
 class RoutingFlips(NamedTuple):
@@ -46,7 +46,7 @@ def find_flips(before: RouterOutput, after: RouterOutput, token_mask: ArrayLike 
     Raises:
       ValueError: plans or logits were not kept, or the two are not of one shape.
     """
-    if before.plan is None or before.logits is None or after.plan is None:
+    if not (isinstance(before.plan, RoutingPlan) and isinstance(after.plan, RoutingPlan)) or before.logits is None:
         raise ValueError('find_flips needs plan and logits of the first routing, the plan of the second: trace="full"')
     ids, other = (np.sort(np.asarray(plan.expert_ids), axis=-1) for plan in (before.plan, after.plan))
     if ids.ndim != 3 or ids.shape != other.shape:

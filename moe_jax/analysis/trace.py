@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from moe_jax.analysis.confidence import boundary_margin, router_entropy, top_probability
-from moe_jax.types import RouterOutput
+from moe_jax.types import RouterOutput, RoutingPlan
 
 _BY_LAYER = ("expert_ids", "gates", "entropy", "margin", "top_probability")  # [L, T, ...]
 _BY_TOKEN = ("token_ids", "token_mask", "position", "domain", "document")  # [T]
@@ -76,9 +76,9 @@ def trace_routing(
       The trace.
 
     Raises:
-      ValueError: the output carries no plan or no logits.
+      ValueError: the output carries no plan or no logits, or is of Soft MoE, which names no experts.
     """
-    if output.plan is None or output.logits is None:
+    if not isinstance(output.plan, RoutingPlan) or output.logits is None:
         raise ValueError('a routing trace needs plan and logits: run the model at trace level "full"')
     num_choices = output.plan.expert_ids.shape[-1]
     return RoutingTrace(

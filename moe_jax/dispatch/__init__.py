@@ -8,6 +8,7 @@ All backends give the same output and gradients for the same plan; they differ i
     blocked  dropless and exact in work: loops over the filled blocks; the fast path on CPU
 
 `expert_parallel.ExpertParallel` runs any of them over a mesh of devices; it needs the mesh, so it is not in the table.
+`soft.dispatch_soft` runs Soft MoE's plan, which names no experts.
 
 Gates apply in float32. An empty slot (expert id E) gives nothing and gets no gradient.
 """

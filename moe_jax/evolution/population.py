@@ -18,7 +18,7 @@ from moe_jax.losses import kl_divergence
 from moe_jax.models.cost import active_expert_flops
 from moe_jax.models.decoder import Decoder, DecoderConfig
 from moe_jax.routing import count_assignments, get_rule, population_topology
-from moe_jax.types import Array
+from moe_jax.types import Array, RoutingPlan
 
 OBJECTIVES = (
     "KL to the full model (nats per byte)",
@@ -72,6 +72,8 @@ class PopulationEvaluator:
                 f"capacity_factor={self.config.capacity_factor} limits the rows of all candidates together, so they "
                 "would push each other out; evaluate topologies of a model with capacity_factor=None"
             )
+        if self.config.is_soft:
+            raise ValueError("Soft MoE (rule='soft') makes no choices, so there are none to count; use another rule")
         if not get_rule(self.config.rule).is_causal:
             raise ValueError(
                 f"rule={self.config.rule!r} lets tokens compete across sequences, so candidates would change each "
@@ -142,7 +144,7 @@ class PopulationEvaluator:
             trace="topk",
             token_ids=_side_by_side(data.tokens, count),
         )
-        assert routed.plan is not None  # the trace level keeps it
+        assert isinstance(routed.plan, RoutingPlan)  # the trace level keeps it
         ids = routed.plan.expert_ids.reshape(num_layers, count, -1)  # (L', c*N*S, K) -> (L', c, N*S*K)
         counts = jax.vmap(jax.vmap(partial(count_assignments, num_experts=num_experts)))(jnp.swapaxes(ids, 0, 1))
         frozen_choices = jnp.full((count, self.frozen_layers), float(config.num_choices))

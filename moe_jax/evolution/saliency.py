@@ -18,7 +18,7 @@ from moe_jax.models.decoder import Decoder
 from moe_jax.nn.block import Block
 from moe_jax.nn.expert_stack import ExpertStack
 from moe_jax.nn.moe import MoELayer
-from moe_jax.types import Array
+from moe_jax.types import Array, RoutingPlan
 
 SALIENCIES = ("frequency", "gate_sum", "reap", "gate_norm")
 
@@ -81,7 +81,7 @@ def _layer_sums(block: Block, x: Array, token_mask: Array, token_ids: Array) -> 
     layer = block.feed_forward
     _, normed = block.attend(x, token_mask)
     _, routed = layer(normed, token_mask, token_ids=token_ids)
-    assert routed.plan is not None  # a layer by itself returns everything
+    assert isinstance(routed.plan, RoutingPlan)  # a layer by itself returns everything
     assert isinstance(layer.experts, ExpertStack)  # a decoder's experts are feed-forward networks
     tokens, plan, expert = normed.reshape(-1, normed.shape[-1]), routed.plan, layer.experts.expert
     rows = tokens if layer.latent is None else layer.latent.enter(tokens)

@@ -56,7 +56,7 @@ class LayerCost:
       attention: the projections to queries, keys and values, and back.
       mixing_flops: attention's scores and weighted values, averaged over the tokens of a sequence.
       norms: parameters only.
-      router: what gives the logits; nothing in a dense layer.
+      router: what gives the logits, with Soft MoE's two mixtures; nothing in a dense layer.
       feed_forward: what every token passes whatever its experts: the network of a dense layer, shared experts.
       expert: one of the experts; nothing in a dense layer.
       num_experts: E; 0 in a dense layer.
@@ -190,15 +190,22 @@ def model_cost(
       config: the architecture.
       sequence_length: S, on which the attention's cost depends.
       mean_choices: experts that a token uses on average, for each MoE layer: those that do a matmul and were not
-        dropped. None for K in every layer; with Z zero-compute experts, the share E / (E + Z) of it.
+        dropped. None for K in every layer; with Z zero-compute experts, the share E / (E + Z) of it. For Soft MoE, an
+        expert's slots over the tokens of a sequence, times E.
       causal_half: whether a token's attention costs what the tokens up to itself cost, or the full square.
 
     Raises:
-      ValueError: a sequence without tokens, or `mean_choices` that are not one number in [0, E] for each MoE layer.
+      ValueError: a sequence without tokens, or `mean_choices` that are not one number in [0, E] for each MoE layer or,
+        with Soft MoE, not given.
     """
     if sequence_length < 1:
         raise ValueError(f"sequence_length={sequence_length} must be at least 1")
     if mean_choices is None:
+        if config.is_soft:
+            raise ValueError(
+                "Soft MoE (rule='soft') does the same expert work for a sequence of any length: give mean_choices, for "
+                "each MoE layer num_experts * slots_per_expert / tokens of a sequence"
+            )
         computed: float = config.num_choices
         if config.zero_compute:
             computed *= config.num_experts / config.total_experts
@@ -213,7 +220,7 @@ def model_cost(
     choices = iter(mean_choices)
     return ModelCost(
         tuple(
-            _layer_cost(kind, params, next(choices) if kind == "moe" else 0, twice_mean_keys)
+            _layer_cost(kind, params, next(choices) if kind == "moe" else 0, twice_mean_keys, config.is_soft)
             for kind, params in zip(config.layers, layers, strict=True)
         ),
         Part(count_parameters(model["embedding"]), 0),
@@ -256,11 +263,15 @@ def _dict_of(module: nnx.Module) -> Any:
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
 
-def _layer_cost(kind: LayerKind, params: dict[str, Any], choices: float, twice_mean_keys: int) -> LayerCost:
+def _layer_cost(
+    kind: LayerKind, params: dict[str, Any], choices: float, twice_mean_keys: int, is_soft: bool
+) -> LayerCost:
     """Sorts a layer's parameters into parts; what is neither attention, router nor experts is passed by every token."""
     norms = dict(params)
     attention, feed_forward = norms.pop("attention"), dict(norms.pop("feed_forward"))
-    router = feed_forward.pop("router", {})
+    router = part_cost(feed_forward.pop("router", {}))
+    if is_soft:  # mixing a token into all slots, and all slots into the token, costs what its logits cost
+        router = Part(router.parameters, 3 * router.flops)
     experts = feed_forward.pop("experts") if kind == "moe" else {}
     num_experts = jax.tree.leaves(experts)[0].shape[0] if experts else 0
     stack = part_cost({"experts": experts})
@@ -270,7 +281,7 @@ def _layer_cost(kind: LayerKind, params: dict[str, Any], choices: float, twice_m
         attention=part_cost(attention),
         mixing_flops=2 * num_heads * head_width * twice_mean_keys,
         norms=part_cost(norms),
-        router=part_cost(router),
+        router=router,
         feed_forward=part_cost(feed_forward),
         expert=Part(*(total // max(num_experts, 1) for total in stack)),
         num_experts=num_experts,

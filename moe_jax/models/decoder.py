@@ -7,8 +7,8 @@ stacked in one set of arrays with a leading axis and scanned, so compile time do
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,8 @@ from moe_jax.nn.experts import get_expert_kind
 from moe_jax.nn.feed_forward import FeedForward
 from moe_jax.nn.latent import Latent
 from moe_jax.nn.moe import MoELayer, StatsLevel
-from moe_jax.nn.router import LinearRouter
+from moe_jax.nn.routers import Router, get_router
+from moe_jax.nn.soft_moe import SoftMoELayer, SoftRouter, get_soft_router
 from moe_jax.nn.zero_compute import ZeroComputeExperts, ZeroComputeKind
 from moe_jax.routing import Balancer, Force, check_rule, get_rule, keep_trace
 from moe_jax.types import Array, RouterOutput, RouterStats, RoutingPlan, Topology, TraceLevel
@@ -51,8 +52,11 @@ class DecoderConfig:
       latent_width: width in which the routed experts work; None for D.
       zero_compute: kinds of zero-compute experts, which the router scores behind the E others.
       num_choices: K, zero-compute experts included.
-      rule: a name in `routing.RULES`.
-      rule_settings: settings of the rule, such as `{"scale": 2.5}`.
+      router: what gives the logits, a name in `nn.routers.ROUTERS`.
+      router_settings: settings of the router, such as `{"jitter": 0.01}`.
+      rule: a name in `routing.RULES`, or "soft" for Soft MoE, which mixes tokens and makes no choices: it has a router
+        of its own, and neither `num_choices` nor `backend` has an effect.
+      rule_settings: settings of the rule, such as `{"scale": 2.5}`, or of `nn.soft_moe.SoftRouter`.
       allow_noncausal: whether the rule may let a token's routing depend on later tokens or on other sequences: such a
         model cannot generate as it was trained, and its training loss flatters it.
       backend: a name in `dispatch.BACKENDS`.
@@ -80,6 +84,8 @@ class DecoderConfig:
     latent_width: int | None = None
     zero_compute: tuple[ZeroComputeKind, ...] = ()
     num_choices: int = 2
+    router: str = "linear"
+    router_settings: Mapping[str, Setting] = FrozenDict()
     rule: str = "softmax_top_k_renormalized"
     rule_settings: Mapping[str, Setting] = FrozenDict()
     allow_noncausal: bool = False
@@ -95,20 +101,44 @@ class DecoderConfig:
             raise ValueError(f"width={self.width} must be num_heads={self.num_heads} times an even head width")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
-        for name in ("rule_settings", "expert_settings"):  # hashable, as the structure must be
-            object.__setattr__(self, name, FrozenDict(getattr(self, name)))
+        for name in ("expert_settings", "router_settings", "rule_settings"):
+            object.__setattr__(self, name, FrozenDict(getattr(self, name)))  # hashable, as the structure must be
         get_expert_kind(self.expert, **self.expert_settings)  # an unknown one fails here
         if self.shared_gate and not self.shared_hidden:
             raise ValueError("shared_gate=True has nothing to gate: give shared_hidden, the shared experts' width")
-        rule = get_rule(self.rule, **self.rule_settings)
-        check_rule(rule, self.num_choices, self.total_experts, self.rule)
-        if not (rule.is_causal or self.allow_noncausal):
+        init_router = _router_maker(self)
+        jax.eval_shape(lambda: init_router(self.width, self.total_experts, key=jax.random.key(0)))  # refuses bad values
+        if not (self._rule_is_causal() or self.allow_noncausal):
             raise ValueError(
                 f"rule={self.rule!r} lets a token's routing depend on later tokens or other sequences, which a "
                 "language model does not have when it generates; say allow_noncausal=True if you want that"
             )
         if not self.layers or set(self.layers) - {"dense", "moe"}:
             raise ValueError(f"layers={self.layers} must be a non-empty tuple of 'dense' and 'moe'")
+
+    def _rule_is_causal(self) -> bool:
+        """Whether the rule is causal, once what it cannot do is refused."""
+        if not self.is_soft:
+            rule = get_rule(self.rule, **self.rule_settings)
+            check_rule(rule, self.num_choices, self.total_experts, self.rule)
+            return rule.is_causal
+        if self.router != "linear" or self.capacity_factor is not None:
+            raise ValueError(
+                f"rule='soft' has its own router and fixed slots: leave router={self.router!r} and "
+                f"capacity_factor={self.capacity_factor} at their defaults"
+            )
+        if self.shared_hidden or self.latent_width is not None or self.zero_compute:
+            raise ValueError(
+                "rule='soft' goes without shared, latent and zero-compute experts: leave "
+                f"shared_hidden={self.shared_hidden}, latent_width={self.latent_width} and "
+                f"zero_compute={self.zero_compute} at their defaults"
+            )
+        return False
+
+    @property
+    def is_soft(self) -> bool:
+        """Whether the MoE layers are Soft MoE."""
+        return self.rule == "soft"
 
     @property
     def total_experts(self) -> int:
@@ -121,6 +151,13 @@ class DecoderConfig:
         return self.layers.count("moe")
 
 
+def _router_maker(config: DecoderConfig) -> Callable[..., Any]:
+    """Makes the router of an MoE layer from width, number of experts and key."""
+    if config.is_soft:
+        return get_soft_router(**config.rule_settings)
+    return get_router(config.router, **config.router_settings)
+
+
 def _init_block(config: DecoderConfig, kind: LayerKind, key: Array) -> Block:
     """One block; output projections are scaled by 1/sqrt(2 * depth), so that the residual stream starts small."""
     attention_key, feed_forward_key, router_key = jax.random.split(key, 3)
@@ -128,7 +165,10 @@ def _init_block(config: DecoderConfig, kind: LayerKind, key: Array) -> Block:
     attention = Attention(config.width, config.num_heads, config.num_kv_heads, output_scale=scale, key=attention_key)
     if kind == "dense":
         return Block(attention, _init_network(config, config.dense_hidden, scale, feed_forward_key), config.width)
-    router = LinearRouter(config.width, config.total_experts, key=router_key)
+    router = _router_maker(config)(config.width, config.total_experts, key=router_key)
+    if isinstance(router, SoftRouter):
+        experts = _init_experts(config, config.width, scale, feed_forward_key)
+        return Block(attention, SoftMoELayer(router, experts, stats_level=config.stats_level), config.width)
     moe = _init_moe(config, router, scale, feed_forward_key, jax.random.fold_in(key, 3))
     return Block(attention, moe, config.width)
 
@@ -146,31 +186,35 @@ def _init_network(config: DecoderConfig, hidden: int, scale: float, key: Array, 
     )
 
 
-def _init_moe(config: DecoderConfig, router: LinearRouter, scale: float, key: Array, parts_key: Array) -> MoELayer:
-    """A mixture of experts: the stack from one key, the parts that most configs do without from the other."""
-    shared_key, latent_key, zero_compute_key = jax.random.split(parts_key, 3)
-    shared = latent = zero_compute = None
-    expert_width, expert_scale = config.width, scale
-    if config.shared_hidden:
-        shared = _init_network(config, config.shared_hidden, scale, shared_key, config.shared_gate)
-    if config.latent_width is not None:
-        expert_width, expert_scale = config.latent_width, 1.0
-        latent = Latent(config.width, expert_width, output_scale=scale, key=latent_key)
-    if config.zero_compute:
-        zero_compute = ZeroComputeExperts(config.zero_compute, config.width, key=zero_compute_key)
-    experts = ExpertStack(
+def _init_experts(config: DecoderConfig, width: int, scale: float, key: Array) -> ExpertStack:
+    """The experts of a layer, for rows of the given width."""
+    return ExpertStack(
         config.num_experts,
-        expert_width,
+        width,
         config.expert_hidden,
         kind=config.expert,
         settings=config.expert_settings,
         hidden_sizes=config.expert_hidden_sizes,
-        output_scale=expert_scale,
+        output_scale=scale,
         key=key,
     )
+
+
+def _init_moe(config: DecoderConfig, router: Router, scale: float, key: Array, parts_key: Array) -> MoELayer:
+    """A mixture of experts: the stack from one key, the parts that most configs do without from the other."""
+    shared_key, latent_key, zero_compute_key = jax.random.split(parts_key, 3)
+    shared = latent = zero_compute = None
+    width, stack_scale = config.width, scale
+    if config.shared_hidden:
+        shared = _init_network(config, config.shared_hidden, scale, shared_key, config.shared_gate)
+    if config.latent_width is not None:
+        latent = Latent(config.width, config.latent_width, output_scale=scale, key=latent_key)
+        width, stack_scale = config.latent_width, 1.0
+    if config.zero_compute:
+        zero_compute = ZeroComputeExperts(config.zero_compute, config.width, key=zero_compute_key)
     return MoELayer(
         router,
-        experts,
+        _init_experts(config, width, stack_scale, key),
         shared=shared,
         latent=latent,
         zero_compute=zero_compute,
@@ -361,15 +405,14 @@ class Decoder(nnx.Module):
 
     def router_penalty(self, stats: RouterStats) -> Array:
         """`[L]` losses that the rules themselves ask for, from stats `[L, ...]`; 0 for most rules."""
-        return jnp.concatenate(
-            [
-                jax.vmap(lambda layer, sums: layer.penalty(sums))(layers, part)
-                for layers, part in self._routed_stacks(stats)
-            ]
-        )
+        penalties = [
+            jax.vmap(lambda layer, sums: layer.penalty(sums))(layers, part)
+            for layers, part in self._routed_stacks(stats)
+        ]
+        return jnp.concatenate(penalties) if penalties else jnp.zeros(self.config.num_moe_layers)
 
     def _routed_stacks(self, stats: RouterStats) -> Iterator[tuple[MoELayer, RouterStats]]:
-        """Each stack's MoE layers with their part of the stats."""
+        """Each stack of layers that follow a rule, with their part of the stats."""
         start = 0
         for stack, (_, group) in zip(self.stacks, _runs(self.config.layers), strict=True):
             if isinstance(stack.feed_forward, MoELayer):

@@ -6,6 +6,7 @@ from flax import nnx
 from moe_jax.nn.attention import Attention
 from moe_jax.nn.feed_forward import FeedForward
 from moe_jax.nn.moe import MoELayer
+from moe_jax.nn.soft_moe import SoftMoELayer
 from moe_jax.ops.norms import rms_norm
 from moe_jax.routing import Force
 from moe_jax.types import Array, RouterOutput, RoutingPlan, Topology
@@ -26,7 +27,7 @@ class RMSNorm(nnx.Module):
 class Block(nnx.Module):
     """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
 
-    def __init__(self, attention: Attention, feed_forward: FeedForward | MoELayer, width: int):
+    def __init__(self, attention: Attention, feed_forward: FeedForward | MoELayer | SoftMoELayer, width: int):
         """Joins the parts; D is `width`."""
         self.attention_norm, self.attention = RMSNorm(width), attention
         self.feed_forward_norm, self.feed_forward = RMSNorm(width), feed_forward
@@ -45,7 +46,7 @@ class Block(nnx.Module):
     ) -> tuple[Array, RouterOutput | None]:
         """Arguments as `MoELayer`; the second result is None for a dense block."""
         x, normed = self.attend(x, token_mask)
-        if isinstance(self.feed_forward, MoELayer):
+        if isinstance(self.feed_forward, MoELayer | SoftMoELayer):
             mixed, routed = self.feed_forward(
                 normed, token_mask, topology, token_groups, token_ids=token_ids, key=key, forced=forced, force=force
             )

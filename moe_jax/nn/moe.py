@@ -18,7 +18,7 @@ from moe_jax.nn.attention_experts import AttentionExperts
 from moe_jax.nn.expert_stack import ExpertStack, Setting
 from moe_jax.nn.feed_forward import FeedForward
 from moe_jax.nn.latent import Latent
-from moe_jax.nn.router import Balance, LinearRouter
+from moe_jax.nn.routers import Router
 from moe_jax.nn.zero_compute import ZeroComputeExperts, without_zero_compute
 from moe_jax.routing import Balancer, Force, Rule, check_rule, expert_capacity, get_rule, route, rule_settings
 from moe_jax.types import Array, RouterOutput, RouterStats, RoutingPlan, Topology
@@ -26,12 +26,16 @@ from moe_jax.types import Array, RouterOutput, RouterStats, RoutingPlan, Topolog
 StatsLevel = Literal["batch", "sequence", "token"]
 
 
+class Balance(nnx.Variable):
+    """State of a balance rule: carried by the model, updated once per optimizer step, never trained."""
+
+
 class MoELayer(nnx.Module):
     """Sends each token to some of E experts and sums their gated outputs. Owns parameters; functions do the maths."""
 
     def __init__(
         self,
-        router: LinearRouter,
+        router: Router,
         experts: ExpertStack | AttentionExperts,
         *,
         shared: FeedForward | None = None,
@@ -47,7 +51,8 @@ class MoELayer(nnx.Module):
         """Joins the parts; every name is an entry of its table and checked here.
 
         Args:
-          router: gives `[B, S, E]` logits; E counts zero-compute experts too, here and in plans and statistics.
+          router: gives `[B, S, E]` logits; E counts zero-compute experts too, here and in plans and
+            statistics. See `nn.routers`.
           experts: the stacked experts, of width d if they are latent.
           shared: what every token passes besides; masked tokens get zeros from it too.
           latent: projects tokens before and outputs after the dispatch.
@@ -139,7 +144,7 @@ class MoELayer(nnx.Module):
             force=force,
             stats_groups={"batch": None, "sequence": num_sequences, "token": num_tokens}[self.stats_level],
         )
-        assert output.plan is not None  # route always makes one; only keep_trace drops it
+        assert isinstance(output.plan, RoutingPlan)  # route always makes one; only keep_trace drops it
         return self._mix(x, output.plan, token_mask), output
 
     def _mix(self, x: Array, plan: RoutingPlan, token_mask: Array | None) -> Array:

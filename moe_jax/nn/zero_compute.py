@@ -70,7 +70,7 @@ class ZeroComputeExperts(nnx.Module):
     """Z zero-compute experts and the parameters of the N constant ones among them."""
 
     def __init__(self, kinds: Sequence[ZeroComputeKind], width: int, *, key: Array):
-        """Draws `vectors [N, D]` from N(0, 1) and `weights [N, D, 2]` from N(0, 1/D); both are None if N is 0.
+        """Draws v, `bias [N, D]`, from N(0, 1) and W, `weights [N, D, 2]`, from N(0, 1/D); None both if N is 0.
 
         Args:
           kinds: of the Z experts, at least one.
@@ -88,7 +88,7 @@ class ZeroComputeExperts(nnx.Module):
         vector_key, weight_key = jax.random.split(key)
         vectors = jax.random.normal(vector_key, (num_constants, width))
         weights = jax.random.normal(weight_key, (num_constants, width, 2)) * width**-0.5
-        self.vectors = nnx.Param(vectors) if num_constants else None
+        self.bias = nnx.Param(vectors) if num_constants else None
         self.weights = nnx.Param(weights) if num_constants else None
 
     @property
@@ -99,5 +99,5 @@ class ZeroComputeExperts(nnx.Module):
     def __call__(self, x: Array, plan: RoutingPlan) -> Array:
         """`[B, S, D]`, and the plan over E + Z experts of its tokens, to `[B, S, D]`."""
         tokens = x.reshape(-1, x.shape[-1])
-        constants = () if self.vectors is None or self.weights is None else (self.vectors[...], self.weights[...])
+        constants = () if self.bias is None or self.weights is None else (self.bias[...], self.weights[...])
         return mix_zero_compute(tokens, plan, self.kinds, *constants).reshape(x.shape)

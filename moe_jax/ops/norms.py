@@ -21,3 +21,13 @@ def rms_norm(x: Array, scale: Array, epsilon: float = 1e-6) -> Array:
     inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
     shape = (1,) * (x.ndim - 1) + scale.shape
     return (wide * inverse_rms * scale.astype(jnp.float32).reshape(shape)).astype(x.dtype)
+
+
+def l2_normalize(x: Array, axis: int = -1) -> Array:
+    """`x / |x|` along an axis, float32 whatever comes in.
+
+    Vectors shorter than 1e-12 are returned as they are: they have no direction, and so their gradient stays finite.
+    """
+    wide = x.astype(jnp.float32)
+    square = jnp.sum(jnp.square(wide), axis=axis, keepdims=True)
+    return wide * jax.lax.rsqrt(jnp.where(square > 1e-24, square, 1.0))

@@ -6,7 +6,7 @@ signature is the list of its settings.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from moe_jax.types import Array, Choice, RouterStats
@@ -68,14 +68,10 @@ def bind_settings(rule: Rule, settings: Mapping[str, Any], name: str) -> Rule:
     Raises:
       ValueError: a setting that the rule does not have; the message lists those that it has.
     """
-    all_known = sorted(rule_settings(rule))
-    if unknown := sorted(set(settings) - set(all_known)):
-        raise ValueError(
-            f"rule {name!r} has no setting {', '.join(map(repr, unknown))}; it has: {', '.join(all_known) or 'none'}"
-        )
+    check_settings(settings, rule_settings(rule), f"rule {name!r}")
 
     def bind(function: Callable) -> Callable:
-        mine = {key: value for key, value in settings.items() if key in _settings_of(function)}
+        mine = {key: value for key, value in settings.items() if key in settings_of(function)}
         return functools.partial(function, **mine) if mine else function
 
     if rule.controller is None:
@@ -99,13 +95,25 @@ def check_choices(rule: Rule, num_choices: int, num_experts: int, name: str = "t
 
 def rule_settings(rule: Rule) -> dict[str, Any]:
     """The rule's settings with their values: those of `choose`, then those of its controller."""
-    settings = _settings_of(rule.choose)
+    settings = settings_of(rule.choose)
     if rule.controller is not None:
-        settings |= {"start": rule.controller.start} | _settings_of(rule.controller.update)
+        settings |= {"start": rule.controller.start} | settings_of(rule.controller.update)
     return settings
 
 
-def _settings_of(function: Callable) -> dict[str, Any]:
+def settings_of(function: Callable) -> dict[str, Any]:
     """The keyword-only arguments with their defaults, or what a `partial` has put in their place."""
     parameters = inspect.signature(function).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+
+
+def check_settings(settings: Mapping[str, Any], known: Iterable[str], owner: str) -> None:
+    """Refuses settings that `owner`, named in the message, does not have.
+
+    Raises:
+      ValueError: an unknown setting; the message lists the known ones.
+    """
+    if unknown := sorted(set(settings) - set(known)):
+        raise ValueError(
+            f"{owner} has no setting {', '.join(map(repr, unknown))}; it has: {', '.join(sorted(known)) or 'none'}"
+        )

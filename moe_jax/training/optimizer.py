@@ -20,7 +20,7 @@ class OptimizerConfig:
       warmup_steps: linear warm-up from 0.
       final_fraction: the cosine ends at this fraction of the peak.
       heal_fraction: where the rate of a continuation starts, as a fraction of the peak; it falls to the same end.
-      weight_decay: decoupled; acts on matrices, not on norm scales.
+      weight_decay: decoupled; acts on matrices, not on scales and biases.
       clip_norm: global gradient norm above which gradients are scaled down.
       b1: decay of the first moment.
       b2: decay of the second moment.
@@ -71,12 +71,13 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, heal_steps: int = 0)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
 
 
-def _is_scale(path: tuple) -> bool:
-    return any(getattr(entry, "key", None) == "scale" for entry in path)
+def _is_vector(path: tuple) -> bool:
+    """Whether a leaf is a scale or a bias; they carry a stacking axis and so cannot be told by their rank."""
+    return any(str(getattr(entry, "key", "")).split("_")[0] in ("scale", "bias", "b") for entry in path)
 
 
 def _matrix_dimensions(params: ArrayTree) -> ArrayTree:
-    """Which axes of a leaf form its matrix for Muon; None leaves embedding, read-out and norm scales to AdamW.
+    """Which axes of a leaf form its matrix for Muon; None leaves embedding, read-out, scales and biases to AdamW.
 
     Stacked matrices `[L, ..., in, out]` are orthogonalised one by one. Attention projections join their head axes:
     `qkv [L, D, heads, Dh]`, `out [L, H, Dh, D]`.
@@ -84,7 +85,7 @@ def _matrix_dimensions(params: ArrayTree) -> ArrayTree:
 
     def dimensions(path: tuple, leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
         name = jax.tree_util.keystr(path)
-        if leaf.ndim < 3 or _is_scale(path):
+        if leaf.ndim < 3 or _is_vector(path):
             return None
         if "qkv" in name:
             return optax.contrib.MuonDimensionNumbers((1,), (2, 3))
@@ -96,5 +97,5 @@ def _matrix_dimensions(params: ArrayTree) -> ArrayTree:
 
 
 def _decays(params: ArrayTree) -> ArrayTree:
-    """True for everything but norm scales, which carry a stacking axis and so cannot be told by their rank."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: not _is_scale(path), params)
+    """True for everything but scales and biases."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not _is_vector(path), params)

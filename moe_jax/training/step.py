@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 
 from moe_jax.losses import cross_entropy, load_balancing_loss, load_fractions, router_z_loss
-from moe_jax.nn.router import Balance
+from moe_jax.nn.moe import Balance
 from moe_jax.routing import get_balancer
 from moe_jax.types import Array, ArrayTree, RouterStats, Topology
 

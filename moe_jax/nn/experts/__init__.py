@@ -9,13 +9,13 @@ space, those that compute nothing, and attention heads (`nn.attention_experts`).
 """
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from moe_jax.nn.experts.deep import deep, deepen
 from moe_jax.nn.experts.kind import ExpertKind, lift
 from moe_jax.nn.experts.networks import ACTIVATIONS, gated, gpt_oss, mlp
+from moe_jax.routing.rule import check_settings, settings_of
 
 __all__ = [
     "ACTIVATIONS",
@@ -44,11 +44,7 @@ def get_expert_kind(name: str, **settings: Any) -> ExpertKind:
     """
     if name not in EXPERTS:
         raise ValueError(f"unknown expert kind {name!r}; known: {', '.join(EXPERTS)}")
-    known = inspect.signature(EXPERTS[name]).parameters
-    if unknown := sorted(set(settings) - set(known)):
-        raise ValueError(
-            f"expert kind {name!r} has no setting {', '.join(map(repr, unknown))}; it has: {', '.join(known) or 'none'}"
-        )
+    check_settings(settings, settings_of(EXPERTS[name]), f"expert kind {name!r}")
     return _make(EXPERTS[name], tuple(sorted(settings.items())))
 
 
