@@ -193,8 +193,9 @@ class Topology:
 class Expert(NamedTuple):
     """An expert network for rows of one expert, cut in two where its activations are worth saving.
 
-    `outer(params, inner(params, rows))` with rows `[C, D]` gives `[C, D]`; both see one expert's slice of the
-    parameters.
+    `outer(params, inner(params, rows))` with rows `[C, D]` gives `[C, D]`, or `[C, D']` for a network that changes the
+    width; both see one expert's slice of the parameters. Rows are independent of each other, and what the network gives
+    for a row of padding is discarded.
     A backend with its own VJP stores only `inner`'s output and recomputes the cheap rest, so cut behind the first
     matmul: then neither half repeats a matmul in the backward pass.
     """
@@ -203,5 +204,5 @@ class Expert(NamedTuple):
     outer: Callable[[ArrayTree, ArrayTree], Array]
 
 
-# (tokens [T, D], plan, expert, stacked parameters with leading [E]) -> [T, D], in the dtype of tokens.
+# (tokens [T, D], plan, expert, stacked parameters with leading [E]) -> [T, D] (or D' of the expert), in tokens' dtype.
 DispatchFn = Callable[[Array, RoutingPlan, Expert, ArrayTree], Array]

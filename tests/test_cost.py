@@ -55,6 +55,31 @@ def test_layers_by_hand():
     assert moe.cache_bytes("bfloat16") == 2 * 8 * 2  # one key and one value head of 8
 
 
+JOINED = dataclasses.replace(
+    TINY,
+    expert="mlp",
+    expert_settings={"bias": True},
+    shared_hidden=5,
+    shared_gate=True,
+    latent_width=8,
+    zero_compute=("copy", "constant", "constant", "zero"),
+)
+
+
+def test_joined_experts_by_hand():
+    dense, moe, _ = model_cost(JOINED, sequence_length=5).layers
+    assert dense.feed_forward == Part(2 * 16 * 12 + 12 + 16, 2 * 2 * 16 * 12)  # two matrices and their biases
+    assert moe.router == Part(16 * 8, 2 * 16 * 8)  # four experts that compute and four that do not
+    assert moe.expert == Part(2 * 8 * 6 + 6 + 8, 2 * 2 * 8 * 6)
+    shared, gate, latent = 2 * 16 * 5, 16, 2 * 16 * 8
+    constants = 2 * (16 + 16 * 2)  # v and W of two
+    assert moe.feed_forward == Part(
+        shared + 5 + 16 + gate + latent + constants, 2 * (shared + gate + latent + constants)
+    )
+    assert (moe.num_experts, moe.choices) == (4, 1)  # evenly, half of the two choices fall on experts that compute
+    assert model_cost(JOINED, 5, [2, 0.5]).flops_by_part["experts"] == 2.5 * 2 * 2 * 8 * 6
+
+
 def test_model_by_hand():
     cost = model_cost(TINY, sequence_length=5)
     assert cost.flops_by_part == {
@@ -86,6 +111,21 @@ def test_parameters_are_those_of_the_model(changes):
     assert cost.parameters == sum(leaf.size for leaf in leaves)
     unused = config.num_moe_layers * (config.num_experts - config.num_choices) * 3 * 16 * 6
     assert cost.active_parameters == cost.parameters - unused
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"expert": "gpt_oss"},
+        {"expert": "deep", "expert_settings": {"num_layers": 3}},
+        {"expert_hidden_sizes": (1, 6, 3, 3), "shared_hidden": 5},
+        dataclasses.asdict(JOINED),
+    ],
+)
+def test_parameters_are_those_of_the_model_with_other_experts(changes):
+    config = dataclasses.replace(TINY, **changes)
+    leaves = jax.tree.leaves(jax.eval_shape(lambda: nnx.state(Decoder(config, key=jax.random.key(0)), nnx.Param)))
+    assert model_cost(config, 4).parameters == sum(leaf.size for leaf in leaves)
 
 
 def test_published_sizes():
@@ -151,9 +191,9 @@ def xla_flops(function, *shapes):
     return jax.jit(function).lower(*shapes).compile().cost_analysis()["flops"]
 
 
-def wide_parts(backend):
+def wide_parts(backend, config=WIDE):
     """Shapes of the model, of its two layers and of 128 tokens entering one."""
-    config = dataclasses.replace(WIDE, backend=backend)
+    config = dataclasses.replace(config, backend=backend)
 
     def build():
         model = Decoder(config, key=jax.random.key(0))
@@ -176,6 +216,15 @@ def test_layers_cost_what_xla_counts(layer):
 
     training = xla_flops(jax.grad(squares, argnums=(0, 1)), blocks[layer], x)
     assert 1 < training / (3 * 128 * cost.flops) < 1.01
+
+
+def test_joined_experts_cost_what_xla_counts():
+    joined = dataclasses.replace(
+        WIDE, expert="deep", shared_hidden=256, shared_gate=True, latent_width=256, zero_compute=("copy", "constant")
+    )
+    cost = model_cost(joined, 128, [joined.num_experts], causal_half=False).layers[1]
+    _, _, moe, x = wide_parts("dense", joined)
+    assert 1 < xla_flops(lambda block, x: block(x)[0], moe, x) / (128 * cost.flops) < 1.02
 
 
 def test_parts_cost_what_xla_counts():

@@ -71,6 +71,24 @@ def test_saliencies_equal_the_loop(model):
     np.testing.assert_allclose(measured["gate_sum"].sum(axis=1), [17, 17], rtol=1e-5)
 
 
+def test_latent_experts_are_measured_on_the_way_out_and_zero_compute_ones_not_at_all():
+    config = dataclasses.replace(
+        TINY, layers=("moe",), latent_width=6, zero_compute=("copy", "zero"), expert_hidden_sizes=(2, 6, 4, 1)
+    )
+    model = Decoder(config, key=jax.random.key(0))
+    block = model.layer(0)
+    layer, normed = block.feed_forward, block.attend(model.embed(TOKENS, MASK), MASK)[1]
+    plan = layer(normed, MASK)[1].plan
+    tokens, params = leaf(normed).reshape(-1, config.width), layer.experts.parameters(jnp.float32)
+    expected = np.zeros((1, 4))
+    for t, k in np.argwhere(np.asarray(plan.expert_ids) < 4):
+        e = int(plan.expert_ids[t, k])
+        gate, up = np.split(tokens[t] @ leaf(layer.latent.down[...]) @ leaf(params["w_in"][e]), 2)
+        output = (gate / (1 + np.exp(-gate)) * up) @ leaf(params["w_out"][e]) @ leaf(layer.latent.up[...])
+        expected[0, e] += float(plan.gates[t, k]) * np.linalg.norm(output)
+    np.testing.assert_allclose(measure(model)["gate_norm"], expected, rtol=2e-4, atol=1e-5)
+
+
 def test_masked_tokens_have_no_saliency(model):
     jax.tree.map(np.testing.assert_array_equal, measure(model, jnp.where(MASK, TOKENS, 5)), measure(model))
 

@@ -16,7 +16,7 @@ from moe_jax.evolution.genomes import mask_genome
 from moe_jax.evolution.population import PopulationEvaluator
 from moe_jax.models.cost import Part, model_cost
 from moe_jax.models.decoder import Decoder
-from moe_jax.nn.experts import SwiGLUExperts
+from moe_jax.nn.expert_stack import ExpertStack
 from moe_jax.nn.soft_moe import SoftMoELayer, SoftRouter
 from moe_jax.routing import full_topology, get_balancer
 from moe_jax.routing.soft import route_soft
@@ -61,7 +61,7 @@ def open_to(given):
 def make_layer(seed=0, num_experts=E, **settings):
     router_key, experts_key = jax.random.split(jax.random.key(seed))
     router = SoftRouter(D, num_experts, **({"slots_per_expert": C} | settings), key=router_key)
-    return SoftMoELayer(router, SwiGLUExperts(num_experts, D, F, key=experts_key))
+    return SoftMoELayer(router, ExpertStack(num_experts, D, F, key=experts_key))
 
 
 @jax.jit

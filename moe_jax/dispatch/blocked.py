@@ -135,7 +135,7 @@ def _run(
     params: ArrayTree,
     expert_ids: Array,
 ) -> tuple[Array, ArrayTree | None, ExpertOrder]:
-    """The forward loop: output `[T, D]`, `inner`'s outputs in expert order if kept, and the order."""
+    """The forward loop: the output, `inner`'s outputs in expert order if kept, and the order."""
     num_tokens, num_choices = expert_ids.shape
     num_experts = jax.tree.leaves(params)[0].shape[0]
     order = _order(expert_ids, num_experts, lengths[0])
@@ -156,9 +156,11 @@ def _run(
             )
         return (output, hidden), local
 
+    one_expert = jax.eval_shape(_slice_of, params, jnp.int32(0))
+    one_row = jax.eval_shape(expert.inner, one_expert, tokens[:1])
+    width = jax.eval_shape(expert.outer, one_expert, one_row).shape[1]
     hidden = None
     if keep_hidden:
-        one_row = jax.eval_shape(expert.inner, _slice_of(params, jnp.int32(0)), tokens[:1])
         num_rows = order.assignments.shape[0]
         hidden = jax.tree.map(lambda leaf: jnp.zeros((num_rows, *leaf.shape[1:]), leaf.dtype), one_row)
     output, hidden = _loop_over_blocks(
@@ -167,7 +169,7 @@ def _run(
         load=lambda index: _slice_of(params, index),
         block=block,
         store=lambda index, carry, local: carry,
-        carry=(jnp.zeros(tokens.shape, jnp.float32), hidden),
+        carry=(jnp.zeros((num_tokens, width), jnp.float32), hidden),
     )
     return output.astype(tokens.dtype), hidden, order
 

@@ -1,6 +1,6 @@
 """One-shot expert saliencies of a trained model: what pruning without search goes by, and what orders a budget genome.
 
-Over the tokens X_e routed to expert e, with gate g_e(x) and output f_e(x):
+Over the tokens X_e routed to expert e, with gate g_e(x) and output f_e(x), of latent experts after the way up:
 
     frequency   |X_e|
     gate_sum    sum of g_e(x)
@@ -16,6 +16,7 @@ from flax import nnx
 from moe_jax.evolution.genomes import LayerTopology
 from moe_jax.models.decoder import Decoder
 from moe_jax.nn.block import Block
+from moe_jax.nn.expert_stack import ExpertStack
 from moe_jax.nn.moe import MoELayer
 from moe_jax.types import Array, RoutingPlan
 
@@ -34,7 +35,8 @@ def measure_saliency(
       token_mask: `[N, S]` bool.
 
     Returns:
-      For each name in `SALIENCIES`, `[L, E]` float32, larger is more important. An expert that no token chose has 0.
+      For each name in `SALIENCIES`, `[L, E]` float32, larger is more important. An expert that no token chose has 0;
+      zero-compute experts are left out.
     """
     model: Decoder = nnx.merge(graphdef, state)
     x, rows = model.embed(tokens, token_mask), []
@@ -76,18 +78,21 @@ def _run_block(block: Block, x: Array, token_mask: Array, token_ids: Array) -> A
 def _layer_sums(block: Block, x: Array, token_mask: Array, token_ids: Array) -> tuple[Array, Array, Array]:
     """`[E]` counts, gate sums and sums of gate times output norm of one MoE block."""
     assert isinstance(block.feed_forward, MoELayer)  # the caller picks the layers of that kind
-    experts = block.feed_forward.experts
+    layer = block.feed_forward
     _, normed = block.attend(x, token_mask)
-    _, routed = block.feed_forward(normed, token_mask, token_ids=token_ids)
+    _, routed = layer(normed, token_mask, token_ids=token_ids)
     assert isinstance(routed.plan, RoutingPlan)  # a layer by itself returns everything
-    tokens, plan = normed.reshape(-1, normed.shape[-1]), routed.plan
+    assert isinstance(layer.experts, ExpertStack)  # a decoder's experts are feed-forward networks
+    tokens, plan, expert = normed.reshape(-1, normed.shape[-1]), routed.plan, layer.experts.expert
+    rows = tokens if layer.latent is None else layer.latent.enter(tokens)
 
-    def of_expert(expert: tuple[Array, dict[str, Array]]) -> tuple[Array, Array, Array]:
-        index, params = expert
-        output = experts.expert.outer(params, experts.expert.inner(params, tokens))
+    def of_expert(one: tuple[Array, dict[str, Array]]) -> tuple[Array, Array, Array]:
+        index, params = one
+        output = expert.outer(params, expert.inner(params, rows))
+        output = output if layer.latent is None else layer.latent.leave(output)
         is_chosen = plan.expert_ids == index  # [T, K]
         gate = jnp.sum(plan.gates * is_chosen, axis=1)
         return is_chosen.sum(dtype=jnp.float32), gate.sum(), jnp.sum(gate * jnp.linalg.norm(output, axis=-1))
 
-    params = experts.parameters(tokens.dtype)
-    return jax.lax.map(of_expert, (jnp.arange(plan.num_experts), params))
+    params = layer.experts.parameters(tokens.dtype)
+    return jax.lax.map(of_expert, (jnp.arange(layer.experts.num_experts), params))

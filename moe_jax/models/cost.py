@@ -12,6 +12,8 @@ without a second formula. The conventions are the field's:
   forward FLOPs; recomputation and the optimizer are left out.
 * A token pays for the experts it uses, not for padding rows, dropped rows or the E / K times more of a dense backend:
   utilisation (MFU) measured on these FLOPs credits useful work only. Routers are their own entry, to leave in or out.
+* Shared experts, the projections of latent experts and zero-compute experts belong to what every token passes.
+  Experts made smaller by masking (`expert_hidden_sizes`) count in full, since their matrices are stored and run whole.
 
 Active parameters are those that one token's forward pass involves, embedding tables and read-out counted whole, as
 in the published "13B active" of Mixtral (2401.04088).
@@ -55,10 +57,10 @@ class LayerCost:
       mixing_flops: attention's scores and weighted values, averaged over the tokens of a sequence.
       norms: parameters only.
       router: what gives the logits, with Soft MoE's two mixtures; nothing in a dense layer.
-      feed_forward: what every token passes whatever its experts: the network of a dense layer.
+      feed_forward: what every token passes whatever its experts: the network of a dense layer, shared experts.
       expert: one of the experts; nothing in a dense layer.
       num_experts: E; 0 in a dense layer.
-      choices: experts that a token uses, K or a measured mean; 0 in a dense layer.
+      choices: experts that a token uses, K or a mean; 0 in a dense layer.
       cached_numbers: what decoding must keep of one token, its keys and values.
     """
 
@@ -188,7 +190,8 @@ def model_cost(
       config: the architecture.
       sequence_length: S, on which the attention's cost depends.
       mean_choices: experts that a token uses on average, for each MoE layer: those that do a matmul and were not
-        dropped. None for K in every layer. For Soft MoE, an expert's slots over the tokens of a sequence, times E.
+        dropped. None for K in every layer; with Z zero-compute experts, the share E / (E + Z) of it. For Soft MoE, an
+        expert's slots over the tokens of a sequence, times E.
       causal_half: whether a token's attention costs what the tokens up to itself cost, or the full square.
 
     Raises:
@@ -203,7 +206,10 @@ def model_cost(
                 "Soft MoE (rule='soft') does the same expert work for a sequence of any length: give mean_choices, for "
                 "each MoE layer num_experts * slots_per_expert / tokens of a sequence"
             )
-        mean_choices = [config.num_choices] * config.num_moe_layers
+        computed: float = config.num_choices
+        if config.zero_compute:
+            computed *= config.num_experts / config.total_experts
+        mean_choices = [computed] * config.num_moe_layers
     if len(mean_choices) != config.num_moe_layers or not all(0 <= k <= config.num_experts for k in mean_choices):
         raise ValueError(
             f"mean_choices={mean_choices} must be one number in [0, num_experts={config.num_experts}] for each of "

@@ -17,11 +17,14 @@ from flax.core import FrozenDict
 
 from moe_jax.nn.attention import Attention
 from moe_jax.nn.block import Block, RMSNorm
-from moe_jax.nn.experts import SwiGLUExperts
+from moe_jax.nn.expert_stack import ExpertStack, Setting
+from moe_jax.nn.experts import get_expert_kind
 from moe_jax.nn.feed_forward import FeedForward
-from moe_jax.nn.moe import MoELayer, Setting, StatsLevel
-from moe_jax.nn.routers import get_router
-from moe_jax.nn.soft_moe import SoftMoELayer, get_soft_router
+from moe_jax.nn.latent import Latent
+from moe_jax.nn.moe import MoELayer, StatsLevel
+from moe_jax.nn.routers import Router, get_router
+from moe_jax.nn.soft_moe import SoftMoELayer, SoftRouter, get_soft_router
+from moe_jax.nn.zero_compute import ZeroComputeExperts, ZeroComputeKind
 from moe_jax.routing import Balancer, Force, check_rule, get_rule, keep_trace
 from moe_jax.types import Array, RouterOutput, RouterStats, RoutingPlan, Topology, TraceLevel
 
@@ -41,7 +44,14 @@ class DecoderConfig:
       dense_hidden: hidden width of a dense layer's feed-forward.
       num_experts: E of every MoE layer.
       expert_hidden: F, the hidden width of one expert.
-      num_choices: K.
+      expert: the kind of network of experts, shared experts and dense layers, a name in `nn.experts.EXPERTS`.
+      expert_settings: settings of the kind, such as `{"bias": True}`.
+      expert_hidden_sizes: hidden width of each of the E experts, at most `expert_hidden`; empty for all alike.
+      shared_hidden: hidden width of the shared experts together, which every token passes; 0 for none.
+      shared_gate: whether their output is gated.
+      latent_width: width in which the routed experts work; None for D.
+      zero_compute: kinds of zero-compute experts, which the router scores behind the E others.
+      num_choices: K, zero-compute experts included.
       router: what gives the logits, a name in `nn.routers.ROUTERS`.
       router_settings: settings of the router, such as `{"jitter": 0.01}`.
       rule: a name in `routing.RULES`, or "soft" for Soft MoE, which mixes tokens and makes no choices: it has a router
@@ -66,6 +76,13 @@ class DecoderConfig:
     dense_hidden: int = 256
     num_experts: int = 16
     expert_hidden: int = 48
+    expert: str = "swiglu"
+    expert_settings: Mapping[str, Setting] = FrozenDict()
+    expert_hidden_sizes: tuple[int, ...] = ()
+    shared_hidden: int = 0
+    shared_gate: bool = False
+    latent_width: int | None = None
+    zero_compute: tuple[ZeroComputeKind, ...] = ()
     num_choices: int = 2
     router: str = "linear"
     router_settings: Mapping[str, Setting] = FrozenDict()
@@ -84,10 +101,13 @@ class DecoderConfig:
             raise ValueError(f"width={self.width} must be num_heads={self.num_heads} times an even head width")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
-        for name in ("router_settings", "rule_settings"):
+        for name in ("expert_settings", "router_settings", "rule_settings"):
             object.__setattr__(self, name, FrozenDict(getattr(self, name)))  # hashable, as the structure must be
+        get_expert_kind(self.expert, **self.expert_settings)  # an unknown one fails here
+        if self.shared_gate and not self.shared_hidden:
+            raise ValueError("shared_gate=True has nothing to gate: give shared_hidden, the shared experts' width")
         init_router = _router_maker(self)
-        jax.eval_shape(lambda: init_router(self.width, self.num_experts, key=jax.random.key(0)))  # refuses bad values
+        jax.eval_shape(lambda: init_router(self.width, self.total_experts, key=jax.random.key(0)))  # refuses bad values
         if not (self._rule_is_causal() or self.allow_noncausal):
             raise ValueError(
                 f"rule={self.rule!r} lets a token's routing depend on later tokens or other sequences, which a "
@@ -100,12 +120,18 @@ class DecoderConfig:
         """Whether the rule is causal, once what it cannot do is refused."""
         if not self.is_soft:
             rule = get_rule(self.rule, **self.rule_settings)
-            check_rule(rule, self.num_choices, self.num_experts, self.rule)
+            check_rule(rule, self.num_choices, self.total_experts, self.rule)
             return rule.is_causal
         if self.router != "linear" or self.capacity_factor is not None:
             raise ValueError(
                 f"rule='soft' has its own router and fixed slots: leave router={self.router!r} and "
                 f"capacity_factor={self.capacity_factor} at their defaults"
+            )
+        if self.shared_hidden or self.latent_width is not None or self.zero_compute:
+            raise ValueError(
+                "rule='soft' goes without shared, latent and zero-compute experts: leave "
+                f"shared_hidden={self.shared_hidden}, latent_width={self.latent_width} and "
+                f"zero_compute={self.zero_compute} at their defaults"
             )
         return False
 
@@ -113,6 +139,11 @@ class DecoderConfig:
     def is_soft(self) -> bool:
         """Whether the MoE layers are Soft MoE."""
         return self.rule == "soft"
+
+    @property
+    def total_experts(self) -> int:
+        """The experts that the router scores: E and the zero-compute ones."""
+        return self.num_experts + len(self.zero_compute)
 
     @property
     def num_moe_layers(self) -> int:
@@ -133,17 +164,60 @@ def _init_block(config: DecoderConfig, kind: LayerKind, key: Array) -> Block:
     scale = (2 * len(config.layers)) ** -0.5
     attention = Attention(config.width, config.num_heads, config.num_kv_heads, output_scale=scale, key=attention_key)
     if kind == "dense":
-        dense = FeedForward(config.width, config.dense_hidden, output_scale=scale, key=feed_forward_key)
-        return Block(attention, dense, config.width)
-    experts = SwiGLUExperts(
-        config.num_experts, config.width, config.expert_hidden, output_scale=scale, key=feed_forward_key
-    )
-    router = _router_maker(config)(config.width, config.num_experts, key=router_key)
-    if config.is_soft:
+        return Block(attention, _init_network(config, config.dense_hidden, scale, feed_forward_key), config.width)
+    router = _router_maker(config)(config.width, config.total_experts, key=router_key)
+    if isinstance(router, SoftRouter):
+        experts = _init_experts(config, config.width, scale, feed_forward_key)
         return Block(attention, SoftMoELayer(router, experts, stats_level=config.stats_level), config.width)
-    moe = MoELayer(
+    moe = _init_moe(config, router, scale, feed_forward_key, jax.random.fold_in(key, 3))
+    return Block(attention, moe, config.width)
+
+
+def _init_network(config: DecoderConfig, hidden: int, scale: float, key: Array, is_gated: bool = False) -> FeedForward:
+    """A network that every token passes."""
+    return FeedForward(
+        config.width,
+        hidden,
+        kind=config.expert,
+        settings=config.expert_settings,
+        is_gated=is_gated,
+        output_scale=scale,
+        key=key,
+    )
+
+
+def _init_experts(config: DecoderConfig, width: int, scale: float, key: Array) -> ExpertStack:
+    """The experts of a layer, for rows of the given width."""
+    return ExpertStack(
+        config.num_experts,
+        width,
+        config.expert_hidden,
+        kind=config.expert,
+        settings=config.expert_settings,
+        hidden_sizes=config.expert_hidden_sizes,
+        output_scale=scale,
+        key=key,
+    )
+
+
+def _init_moe(config: DecoderConfig, router: Router, scale: float, key: Array, parts_key: Array) -> MoELayer:
+    """A mixture of experts: the stack from one key, the parts that most configs do without from the other."""
+    shared_key, latent_key, zero_compute_key = jax.random.split(parts_key, 3)
+    shared = latent = zero_compute = None
+    width, stack_scale = config.width, scale
+    if config.shared_hidden:
+        shared = _init_network(config, config.shared_hidden, scale, shared_key, config.shared_gate)
+    if config.latent_width is not None:
+        latent = Latent(config.width, config.latent_width, output_scale=scale, key=latent_key)
+        width, stack_scale = config.latent_width, 1.0
+    if config.zero_compute:
+        zero_compute = ZeroComputeExperts(config.zero_compute, config.width, key=zero_compute_key)
+    return MoELayer(
         router,
-        experts,
+        _init_experts(config, width, stack_scale, key),
+        shared=shared,
+        latent=latent,
+        zero_compute=zero_compute,
         num_choices=config.num_choices,
         rule=config.rule,
         rule_settings=config.rule_settings,
@@ -151,7 +225,6 @@ def _init_block(config: DecoderConfig, kind: LayerKind, key: Array) -> Block:
         capacity_factor=config.capacity_factor,
         stats_level=config.stats_level,
     )
-    return Block(attention, moe, config.width)
 
 
 class Decoder(nnx.Module):

@@ -1,4 +1,10 @@
-"""The mixture-of-experts layer: a router, a rule, a dispatch backend, a stack of experts."""
+"""The mixture-of-experts layer: a router, a rule, a dispatch backend, a stack of experts, and what may join them.
+
+    y = U sum_e g_e(x) f_e(D x) + sum_z g_z(x) c_z(x) + s(x)
+
+with f_e the experts, D and U the projections of latent experts (absent: identity), c_z zero-compute experts, which the
+router scores beside the others, and s the shared experts, which take every token.
+"""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -8,13 +14,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.dispatch import get_backend
-from moe_jax.nn.experts import SwiGLUExperts
+from moe_jax.nn.attention_experts import AttentionExperts
+from moe_jax.nn.expert_stack import ExpertStack, Setting
+from moe_jax.nn.feed_forward import FeedForward
+from moe_jax.nn.latent import Latent
 from moe_jax.nn.routers import Router
-from moe_jax.routing import Balancer, Force, Rule, check_rule, expert_capacity, get_rule, route
+from moe_jax.nn.zero_compute import ZeroComputeExperts, without_zero_compute
+from moe_jax.routing import Balancer, Force, Rule, check_rule, expert_capacity, get_rule, route, rule_settings
 from moe_jax.types import Array, RouterOutput, RouterStats, RoutingPlan, Topology
 
 StatsLevel = Literal["batch", "sequence", "token"]
-Setting = bool | int | float | str
 
 
 class Balance(nnx.Variable):
@@ -27,8 +36,11 @@ class MoELayer(nnx.Module):
     def __init__(
         self,
         router: Router,
-        experts: SwiGLUExperts,
+        experts: ExpertStack | AttentionExperts,
         *,
+        shared: FeedForward | None = None,
+        latent: Latent | None = None,
+        zero_compute: ZeroComputeExperts | None = None,
         num_choices: int,
         rule: str = "softmax_top_k_renormalized",
         rule_settings: Mapping[str, Setting] | None = None,
@@ -39,8 +51,12 @@ class MoELayer(nnx.Module):
         """Joins the parts; every name is an entry of its table and checked here.
 
         Args:
-          router: gives `[B, S, E]` logits; see `nn.routers`.
-          experts: the stacked experts.
+          router: gives `[B, S, E]` logits; E counts zero-compute experts too, here and in plans and
+            statistics. See `nn.routers`.
+          experts: the stacked experts, of width d if they are latent.
+          shared: what every token passes besides; masked tokens get zeros from it too.
+          latent: projects tokens before and outputs after the dispatch.
+          zero_compute: the experts that are the router's last columns. A capacity counts them like the others.
           num_choices: K.
           rule: a name in `routing.RULES`.
           rule_settings: settings of the rule.
@@ -49,16 +65,23 @@ class MoELayer(nnx.Module):
           stats_level: what statistics are summed over; below "batch" they have a leading axis of sequences or tokens.
         """
         self.router, self.experts = router, experts
+        self.shared, self.latent, self.zero_compute = shared, latent, zero_compute
         self.num_choices, self.capacity_factor = num_choices, capacity_factor
         self.rule, self.rule_settings = rule, tuple(sorted((rule_settings or {}).items()))
         get_backend(backend)  # an unknown name fails here, not in the first step
         self.backend, self.stats_level = backend, stats_level
-        num_experts = experts.num_experts
+        num_experts = self.num_experts
         check_rule(self.routing_rule, num_choices, num_experts, rule)
+        _check_null_experts(self.routing_rule, zero_compute, rule)
         controller = self.routing_rule.controller
         self.bias = Balance(jnp.zeros(num_experts))
         self.level = Balance(jnp.float32(0 if controller is None else controller.start))
         self.integral = Balance(jnp.float32(0))
+
+    @property
+    def num_experts(self) -> int:
+        """E, zero-compute experts included."""
+        return self.experts.num_experts + (0 if self.zero_compute is None else self.zero_compute.num_experts)
 
     @property
     def routing_rule(self) -> Rule:
@@ -93,7 +116,7 @@ class MoELayer(nnx.Module):
           `[B, S, D]` and what the router did, over `T = B*S` tokens.
         """
         num_sequences, length = x.shape[:2]
-        num_tokens, num_experts = num_sequences * length, self.experts.num_experts
+        num_tokens, num_experts = num_sequences * length, self.num_experts
         router_key, rule_key = (None, None) if key is None else jax.random.split(key)
         scored = self.router(x, token_mask, router_key)
         capacity = None
@@ -122,10 +145,21 @@ class MoELayer(nnx.Module):
             stats_groups={"batch": None, "sequence": num_sequences, "token": num_tokens}[self.stats_level],
         )
         assert isinstance(output.plan, RoutingPlan)  # route always makes one; only keep_trace drops it
-        dispatch = get_backend(self.backend)
-        params = self.experts.parameters(x.dtype)
-        mixed = dispatch(x.reshape(num_tokens, -1), output.plan, self.experts.expert, params)
-        return mixed.reshape(x.shape), output
+        return self._mix(x, output.plan, token_mask), output
+
+    def _mix(self, x: Array, plan: RoutingPlan, token_mask: Array | None) -> Array:
+        """Sums what routed, zero-compute and shared experts give for `[B, S, D]`."""
+        dispatched = plan if self.zero_compute is None else without_zero_compute(plan, self.experts.num_experts)
+        rows = x if self.latent is None else self.latent.enter(x)
+        y = self.experts.mix(rows, dispatched, get_backend(self.backend), token_mask)
+        if self.latent is not None:
+            y = self.latent.leave(y)
+        if self.zero_compute is not None:
+            y += self.zero_compute(x, plan)
+        if self.shared is not None:
+            always = self.shared(x)
+            y += always if token_mask is None else jnp.where(token_mask[:, :, None], always, 0)
+        return y
 
     def next_balance(self, stats: RouterStats, total: RouterStats, balancer: Balancer) -> dict[str, Array]:
         """The balance state after an optimizer step, by the names of its variables.
@@ -147,3 +181,11 @@ class MoELayer(nnx.Module):
         if controller is None or controller.penalty is None:
             return jnp.float32(0)
         return controller.penalty(self.level[...], stats, self.num_choices)
+
+
+def _check_null_experts(rule: Rule, zero_compute: ZeroComputeExperts | None, name: str) -> None:
+    """Refuses zero-compute experts that a rule with null experts of its own would never let speak."""
+    num_null = rule_settings(rule).get("num_null", 0)
+    kinds = () if zero_compute is None else zero_compute.kinds
+    if set(kinds[::-1][:num_null]) - {"zero"}:
+        raise ValueError(f"rule {name!r} ignores the last {num_null} columns, so these of {kinds} must be 'zero'")

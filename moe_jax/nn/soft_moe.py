@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.dispatch.soft import dispatch_soft
-from moe_jax.nn.experts import SwiGLUExperts
+from moe_jax.nn.expert_stack import ExpertStack
 from moe_jax.nn.moe import StatsLevel
 from moe_jax.nn.routers.router import draw_kernel
 from moe_jax.ops.norms import l2_normalize
@@ -64,7 +64,7 @@ def get_soft_router(**settings: Any) -> Callable[..., SoftRouter]:
 class SoftMoELayer(nnx.Module):
     """Mixes the tokens of each sequence into slots, and the experts' outputs on these back into tokens."""
 
-    def __init__(self, router: SoftRouter, experts: SwiGLUExperts, *, stats_level: StatsLevel = "batch"):
+    def __init__(self, router: SoftRouter, experts: ExpertStack, *, stats_level: StatsLevel = "batch"):
         """Joins the parts.
 
         Args:

@@ -6,6 +6,7 @@ from typing import Any
 from flax import nnx
 
 from moe_jax.data import Document, describe_splits
+from moe_jax.models.cost import model_cost
 from moe_jax.models.decoder import DecoderConfig
 from moe_jax.trees import count_parameters
 
@@ -39,12 +40,9 @@ def describe_model(config: DecoderConfig, state: nnx.State) -> dict[str, Any]:
       config: the architecture.
       state: its parameters, and whatever else.
     """
-    total = count_parameters(nnx.filter_state(state, nnx.Param))
-    unused = config.num_experts - config.num_choices
-    per_expert = 3 * config.width * config.expert_hidden
     return {
-        "parameters_total": total,
-        "parameters_active": total - config.num_moe_layers * unused * per_expert,
+        "parameters_total": count_parameters(nnx.filter_state(state, nnx.Param)),
+        "parameters_active": round(model_cost(config, 1).active_parameters),
         "layers": " ".join(config.layers),
         "num_experts": config.num_experts,
         "num_choices": config.num_choices,

@@ -57,8 +57,8 @@ def route(
       The plan (`[T, K]`), the float32 logits and the statistics.
 
     Raises:
-      ValueError: a K that E or the rule does not allow, a capacity below 1, a mask or ids of another shape, a topology
-        whose groups are not told apart, or a rule without the token ids that it needs.
+      ValueError: a K that E or the rule does not allow, a capacity below 1, a mask, ids or topology of another shape, a
+        topology whose groups are not told apart, or a rule without the token ids that it needs.
     """
     num_tokens, num_experts = logits.shape
     check_choices(rule, num_choices, num_experts)
@@ -67,6 +67,11 @@ def route(
     for name, array in {"token_mask": token_mask, "token_ids": token_ids, "token_groups": token_groups}.items():
         if array is not None and array.shape != (num_tokens,):
             raise ValueError(f"{name} must be [{num_tokens}] for logits {logits.shape}, got {array.shape}")
+    if topology is not None and topology.keep.shape[-1] != num_experts:
+        raise ValueError(
+            f"topology.keep {topology.keep.shape} must end in the {num_experts} experts of the logits, "
+            "zero-compute experts included"
+        )
     if rule.needs_token_ids and token_ids is None:
         raise ValueError("this rule chooses by vocabulary id: give token_ids [T]")
     for name, parts in {"num_sequences": num_sequences, "stats_groups": stats_groups or 1}.items():
