@@ -51,6 +51,7 @@ class DecoderConfig:
         hash n-gram embeddings of 2412.09871, section 3.2.1, without the hash).
       capacity_factor: rows per expert relative to perfect balance; None drops nothing.
       stats_level: what router statistics are summed over; below "batch" they get an axis of sequences or tokens.
+      bias_bins: bins of the statistics' histogram that the balancer "quantile" reads; 1000 is usual, 0 keeps none.
       compute_dtype: dtype of activations and matmuls; parameters, router, norms' sums and read-out stay float32.
     """
 
@@ -70,6 +71,7 @@ class DecoderConfig:
     context: int = 0
     capacity_factor: float | None = None
     stats_level: StatsLevel = "batch"
+    bias_bins: int = 0
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
@@ -115,6 +117,7 @@ def _init_block(config: DecoderConfig, kind: LayerKind, key: Array) -> Block:
         backend=config.backend,
         capacity_factor=config.capacity_factor,
         stats_level=config.stats_level,
+        bias_bins=config.bias_bins,
     )
     return Block(attention, moe, config.width)
 

@@ -31,6 +31,7 @@ class MoELayer(nnx.Module):
         backend: str = "blocked",
         capacity_factor: float | None = None,
         stats_level: StatsLevel = "batch",
+        bias_bins: int = 0,
     ):
         """Joins the parts; every name is an entry of its table and checked here.
 
@@ -43,12 +44,13 @@ class MoELayer(nnx.Module):
           backend: a name in `dispatch.BACKENDS`.
           capacity_factor: rows per expert relative to perfect balance, or None to drop nothing.
           stats_level: what statistics are summed over; below "batch" they have a leading axis of sequences or tokens.
+          bias_bins: bins of the statistics' histogram for the balancer "quantile", or 0; see `routing.route`.
         """
         self.router, self.experts = router, experts
         self.num_choices, self.capacity_factor = num_choices, capacity_factor
         self.rule, self.rule_settings = rule, tuple(sorted((rule_settings or {}).items()))
         get_backend(backend)  # an unknown name fails here, not in the first step
-        self.backend, self.stats_level = backend, stats_level
+        self.backend, self.stats_level, self.bias_bins = backend, stats_level, bias_bins
         num_experts = experts.num_experts
         check_choices(self.routing_rule, num_choices, num_experts, rule)
         controller = self.routing_rule.controller
@@ -116,6 +118,7 @@ class MoELayer(nnx.Module):
             forced=forced,
             force=force,
             stats_groups={"batch": None, "sequence": num_sequences, "token": num_tokens}[self.stats_level],
+            bias_bins=self.bias_bins,
         )
         assert output.plan is not None  # route always makes one; only keep_trace drops it
         dispatch = get_backend(self.backend)

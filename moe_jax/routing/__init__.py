@@ -9,7 +9,15 @@ from functools import partial
 from typing import Any
 
 from moe_jax.ops.capacity import drop_over_capacity, expert_capacity
-from moe_jax.routing.balance import BALANCERS, Balancer, get_balancer, move_bias_by_sign
+from moe_jax.routing.balance import (
+    BALANCERS,
+    Balancer,
+    get_balancer,
+    move_bias_by_sign,
+    move_bias_by_sign_in_groups,
+    move_bias_in_proportion,
+    move_bias_to_quantile,
+)
 from moe_jax.routing.force import Force
 from moe_jax.routing.route import keep_trace, route
 from moe_jax.routing.rule import Controller, Rule, bind_settings, check_choices
@@ -37,6 +45,9 @@ __all__ = [
     "get_rule",
     "keep_trace",
     "move_bias_by_sign",
+    "move_bias_by_sign_in_groups",
+    "move_bias_in_proportion",
+    "move_bias_to_quantile",
     "normalize",
     "open_experts",
     "population_topology",

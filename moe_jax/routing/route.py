@@ -28,6 +28,7 @@ def route(
     key: Array | None = None,
     capacity: int | None = None,
     stats_groups: int | None = None,
+    bias_bins: int = 0,
     forced: RoutingPlan | None = None,
     force: Force = "exact",
 ) -> RouterOutput:
@@ -49,6 +50,8 @@ def route(
       capacity: C, static; None drops nothing that the rule itself does not drop.
       stats_groups: None sums statistics over all tokens; n, static, over each of n equal runs of tokens (B for
         sequences, T for tokens), which then have a leading `[n]`.
+      bias_bins: N, static; bins of the statistics' histogram of required biases, which the balancer "quantile" reads. 0
+        for none; 1000 is usual. A forced plan has none.
       forced: a plan that decides instead of the rule; capacity drops nothing of it.
       force: what of the plan holds: "exact" its experts and gates, "ids" its experts alone, whose gates are recomputed.
 
@@ -57,7 +60,8 @@ def route(
 
     Raises:
       ValueError: a K that E or the rule does not allow, a capacity below 1, a mask or ids of another shape, a topology
-        whose groups are not told apart, or a rule without the token ids that it needs.
+        whose groups are not told apart, a rule without the token ids that it needs, or a histogram of a rule that does
+        not report its selection scores.
     """
     num_tokens, num_experts = logits.shape
     check_choices(rule, num_choices, num_experts)
@@ -94,7 +98,20 @@ def route(
     asked = None
     if rule.fixed_count and forced is None:
         asked = jnp.full(num_tokens, num_choices) if limit is None else jnp.minimum(limit, num_choices)
-    stats = router_stats(inputs, choice, kept_ids, asked=asked, token_mask=token_mask, num_groups=stats_groups)
+    if bias_bins and forced is None and (choice.scores is None or asked is None):
+        raise ValueError(
+            f"bias_bins={bias_bins} needs a rule that takes the K best of scores plus bias and reports these scores, "
+            "which this one does not; use bias_bins=0 and another balancer than quantile"
+        )
+    stats = router_stats(
+        inputs,
+        choice,
+        kept_ids,
+        asked=asked,
+        token_mask=token_mask,
+        num_groups=stats_groups,
+        bias_bins=0 if forced is not None else bias_bins,
+    )
     most = min((c for c in (capacity, choice.capacity) if c is not None), default=None)
     return RouterOutput(RoutingPlan(kept_ids, gates, num_experts, most), logits, stats)
 

@@ -67,7 +67,7 @@ def bind_settings(rule: Rule, settings: Mapping[str, Any], name: str) -> Rule:
       ValueError: a setting that the rule does not have; the message lists those that it has.
     """
     update = None if rule.controller is None else rule.controller.update
-    known = {function: _settings_of(function) for function in (rule.choose, update) if function is not None}
+    known = {function: settings_of(function) for function in (rule.choose, update) if function is not None}
     all_known = sorted(set().union(*known.values()))
     if unknown := sorted(set(settings) - set(all_known)):
         raise ValueError(
@@ -96,7 +96,7 @@ def check_choices(rule: Rule, num_choices: int, num_experts: int, name: str = "t
         raise ValueError(f"{name} routes to exactly {rule.only_choices} expert(s), got num_choices={num_choices}")
 
 
-def _settings_of(function: Callable) -> set[str]:
+def settings_of(function: Callable) -> set[str]:
     """Names of the keyword-only arguments, those that a `partial` has filled included."""
     parameters = inspect.signature(function).parameters.values()
     return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}

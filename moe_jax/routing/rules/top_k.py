@@ -40,7 +40,7 @@ def top_k(
     ids = select_top_k(biased(scores, inputs), num_choices, inputs.is_open, inputs.limit)
     gates = gather_chosen(scores, ids)
     gates = scale * (normalize(gates) if renormalize else gates)
-    return Choice(ids, gates, scores if score_function == "softmax" else normalize(scores))
+    return Choice(ids, gates, scores if score_function == "softmax" else normalize(scores), scores=scores)
 
 
 def top_k_softmax(inputs: RoutingInputs, num_choices: int) -> Choice:
@@ -53,4 +53,4 @@ def top_k_softmax(inputs: RoutingInputs, num_choices: int) -> Choice:
     ids = select_top_k(selection, num_choices, inputs.is_open, inputs.limit)
     is_chosen = ids < inputs.logits.shape[-1]
     chosen = jnp.where(is_chosen, gather_chosen(inputs.logits, ids), CLOSED)
-    return Choice(ids, jax.nn.softmax(chosen, axis=-1) * is_chosen, probabilities)
+    return Choice(ids, jax.nn.softmax(chosen, axis=-1) * is_chosen, probabilities, scores=probabilities)
