@@ -1,11 +1,15 @@
 """Dispatch backends against a dense layer of equal FLOPs, and against the Mixtral block of `transformers`.
 
-    python -m experiments.bench_dispatch                              # about 7 minutes on 2 cores
-    python -m experiments.bench_dispatch --quick                      # one minute, few tokens: shows that it runs
-    python -m experiments.bench_dispatch --out results.json
+    python -m experiments.bench_dispatch                              # shapes A and B, about 10 minutes on 2 cores
+    python -m experiments.bench_dispatch --quick                      # few tokens: shows that it runs
+    python -m experiments.bench_dispatch --shapes A B mixtral qwen3 --dtypes float32 bfloat16 --no-transformers
+    python -m experiments.bench_dispatch --out results.json           # and results.png, a picture of the ratios
+
+A and B are small, for a CPU; `mixtral` and `qwen3` have the experts, choices and proportions of Mixtral-8x7B and
+Qwen3-30B-A3B, at full width on an accelerator and at an eighth and a quarter of it on a CPU.
 
 The baseline `dense_ffn` is one SwiGLU network on T*K rows: the FLOPs of a perfect dispatch and none of its data
-movement. It runs in the same process, interleaved with what it is compared to (`timing.py`). Float32;
+movement. It runs in the same process, interleaved with what it is compared to (`timing.py`), in the same dtype;
 `forward_backward` takes the gradients of tokens, gates and parameters. `einsum` and `gather` run the same plan cut to
 capacity 1.25, so under skewed routing they drop assignments (`dropped`, a share), which the others compute.
 """
@@ -14,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 from pathlib import Path
@@ -29,11 +34,23 @@ from rich.table import Table
 from experiments.timing import Call, compile_cold_and_warm, measure_interleaved, summarize
 from moe_jax.dispatch import BACKENDS
 from moe_jax.nn.experts import SWIGLU
+from moe_jax.report.pictures.benchmark import plot_ratios
 from moe_jax.routing import drop_over_capacity, expert_capacity, get_rule, route
 from moe_jax.runs.environment import describe_environment
 from moe_jax.types import RoutingPlan
 
-SHAPES = {"A": {"T": 4096, "D": 256, "F": 512, "E": 8, "K": 2}, "B": {"T": 4096, "D": 256, "F": 128, "E": 64, "K": 8}}
+CPU_SHAPES = {
+    "A": {"T": 4096, "D": 256, "F": 512, "E": 8, "K": 2},
+    "B": {"T": 4096, "D": 256, "F": 128, "E": 64, "K": 8},
+    "mixtral": {"T": 2048, "D": 512, "F": 1792, "E": 8, "K": 2},
+    "qwen3": {"T": 2048, "D": 512, "F": 192, "E": 128, "K": 8},
+}
+ACCELERATOR_SHAPES = {
+    "A": {"T": 8192, "D": 768, "F": 2048, "E": 8, "K": 2},
+    "B": {"T": 8192, "D": 768, "F": 256, "E": 64, "K": 8},
+    "mixtral": {"T": 8192, "D": 4096, "F": 14336, "E": 8, "K": 2},
+    "qwen3": {"T": 16384, "D": 2048, "F": 768, "E": 128, "K": 8},
+}
 CAPACITY_FACTOR = 1.25
 # Left out, and named in the table: one-hot tensors of shape B (0.7 GB each), and torch's weights per assignment.
 LARGEST_INTERMEDIATE = 2**29
@@ -78,7 +95,9 @@ def dense_ffn(params: dict[str, jax.Array], rows: jax.Array) -> jax.Array:
     return SWIGLU.outer(params, SWIGLU.inner(params, rows))
 
 
-def backend_cases(shape: dict[str, int], scores: np.ndarray) -> tuple[dict[str, dict], dict[str, dict[str, Call]]]:
+def backend_cases(
+    shape: dict[str, int], scores: np.ndarray, dtype: str
+) -> tuple[dict[str, dict], dict[str, dict[str, Call]]]:
     """Compiles every backend and the baseline for one routing.
 
     Returns:
@@ -86,9 +105,9 @@ def backend_cases(shape: dict[str, int], scores: np.ndarray) -> tuple[dict[str, 
     """
     keys = jax.random.split(jax.random.key(0), 4)
     num_experts, num_choices = shape["E"], shape["K"]
-    tokens = jax.random.normal(keys[0], (shape["T"], shape["D"]))
-    cotangent = jax.random.normal(keys[1], tokens.shape)
-    params = swiglu_params(shape, keys[2])
+    tokens = jax.random.normal(keys[0], (shape["T"], shape["D"])).astype(dtype)
+    cotangent = jax.random.normal(keys[1], tokens.shape).astype(dtype)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), swiglu_params(shape, keys[2]))
     ids = jnp.asarray(np.argsort(-scores, axis=1)[:, :num_choices], jnp.int32)
     gates = jax.nn.softmax(jax.random.normal(keys[3], ids.shape))
     capacity = expert_capacity(shape["T"], num_experts, num_choices, CAPACITY_FACTOR)
@@ -128,15 +147,18 @@ def backend_cases(shape: dict[str, int], scores: np.ndarray) -> tuple[dict[str, 
     return figures, calls
 
 
-def bench_backends(name: str, shape: dict[str, int], distribution: str, repeats: int) -> list[dict[str, Any]]:
-    """One row per backend and pass, for one shape and distribution."""
+def bench_backends(
+    name: str, shape: dict[str, int], distribution: str, dtype: str, repeats: int
+) -> list[dict[str, Any]]:
+    """One row per backend and pass, for one shape, distribution and dtype."""
     scores = DISTRIBUTIONS[distribution](shape, np.random.default_rng(0))
-    figures, calls = backend_cases(shape, scores)
+    figures, calls = backend_cases(shape, scores, dtype)
     rows = []
     for each_pass, pass_calls in calls.items():
         samples = measure_interleaved(pass_calls, repeats)
         for backend in BACKENDS:
-            row = {"shape": name, **shape, "distribution": distribution, "backend": backend, "pass": each_pass}
+            row = {"shape": name, **shape, "dtype": dtype, "distribution": distribution}
+            row |= {"backend": backend, "pass": each_pass}
             row |= {"baseline": "dense_ffn", **figures[f"{backend}/{each_pass}"]}
             if backend in samples:
                 row |= summarize(samples[backend], samples["dense_ffn"])
@@ -194,7 +216,8 @@ def bench_transformers(shape: dict[str, int], repeats: int) -> list[dict[str, An
     best = min((name for name in calls if name != "ours"), key=lambda name: np.median(samples[name]))
     rows = []
     for name in (*calls, *skipped):
-        row = {"shape": "Mixtral block", **shape, "distribution": "random router", "pass": "forward"}
+        row = {"shape": "Mixtral block", **shape, "dtype": "float32", "distribution": "random router"}
+        row["pass"] = "forward"
         row |= {"backend": "blocked" if name == "ours" else f"transformers {name}", "baseline": f"transformers {best}"}
         if name in skipped:
             row["skipped"] = skipped[name]
@@ -206,12 +229,25 @@ def bench_transformers(shape: dict[str, int], repeats: int) -> list[dict[str, An
 
 
 def print_table(rows: list[dict[str, Any]], console: Console) -> None:
-    table = Table(title="Dispatch, float32: ratio to the baseline (below 1 is faster)")
-    for column in ("shape", "T", "E", "routing", "pass", "backend", "ms", "ratio", "± IQR", "temp MiB", "compile s"):
+    table = Table(title="Dispatch: ratio to the baseline (below 1 is faster)")
+    for column in (
+        "shape",
+        "T",
+        "E",
+        "dtype",
+        "routing",
+        "pass",
+        "backend",
+        "ms",
+        "ratio",
+        "± IQR",
+        "temp MiB",
+        "compile s",
+    ):
         table.add_column(column)
     table.add_column("baseline / note")
     for row in rows:
-        cells = [row["shape"], row["T"], row["E"], row["distribution"], row["pass"], row["backend"]]
+        cells = [row["shape"], row["T"], row["E"], row["dtype"], row["distribution"], row["pass"], row["backend"]]
         if "skipped" in row:
             cells += ["-", "-", "-", "-", "-", f"skipped: {row['skipped']}"]
         else:
@@ -226,22 +262,27 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="512 tokens, 5 repeats")
-    parser.add_argument("--out", type=Path, help="write the rows and the environment as JSON")
+    parser.add_argument("--shapes", nargs="+", choices=CPU_SHAPES, default=["A", "B"], help="default: A B")
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
+    parser.add_argument("--no-transformers", action="store_true", help="leave the comparison with transformers out")
+    parser.add_argument("--out", type=Path, help="write the rows and the environment as JSON, and a picture beside it")
     arguments = parser.parse_args()
     repeats = 5 if arguments.quick else 15
     console = Console()
-    shapes = {name: {**shape, "T": 512} if arguments.quick else shape for name, shape in SHAPES.items()}
     environment = describe_environment()
+    all_shapes = CPU_SHAPES if environment["backend"] == "cpu" else ACCELERATOR_SHAPES
+    shapes = {name: all_shapes[name] | ({"T": 512} if arguments.quick else {}) for name in arguments.shapes}
     rows = []
     with Progress(console=console) as progress:
-        task = progress.add_task("backends", total=len(shapes) * len(DISTRIBUTIONS) + 2)
-        for name, shape in shapes.items():
-            for distribution in DISTRIBUTIONS:
-                progress.update(task, description=f"shape {name}, {distribution}")
-                rows += bench_backends(name, shape, distribution, repeats)
-                progress.advance(task)
+        task = progress.add_task("backends", total=len(shapes) * len(DISTRIBUTIONS) * len(arguments.dtypes) + 2)
+        for (name, shape), dtype, distribution in itertools.product(shapes.items(), arguments.dtypes, DISTRIBUTIONS):
+            progress.update(task, description=f"shape {name}, {dtype}, {distribution}")
+            rows += bench_backends(name, shape, distribution, dtype, repeats)
+            progress.advance(task)
         missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-        if missing:
+        if arguments.no_transformers:
+            environment["not_compared"] = ["asked not to"]
+        elif missing:
             console.print(f"NOT COMPARED with transformers: {' and '.join(missing)} not installed", style="bold red")
             environment["not_compared"] = missing
         else:
@@ -253,15 +294,17 @@ def main() -> None:
             torch.set_num_threads(environment["cpu_count"])
             environment["packages"] |= {"torch": torch.__version__, "transformers": transformers.__version__}
             environment["torch_threads"] = torch.get_num_threads()
-            for num_tokens in (256, shapes["A"]["T"]):
+            for num_tokens in (256, 512 if arguments.quick else CPU_SHAPES["A"]["T"]):
                 progress.update(task, description=f"transformers, {num_tokens} tokens")
-                rows += bench_transformers({**shapes["A"], "T": num_tokens}, repeats)
+                rows += bench_transformers(CPU_SHAPES["A"] | {"T": num_tokens}, repeats)
                 progress.advance(task)
     print_table(rows, console)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
-        console.print(f"wrote {arguments.out}")
+        picture = arguments.out.with_suffix(".png")
+        plot_ratios(rows).savefig(picture, dpi=160, facecolor="white")
+        console.print(f"wrote {arguments.out} and {picture}")
 
 
 if __name__ == "__main__":

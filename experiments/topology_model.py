@@ -50,7 +50,7 @@ class Lab:
         self.model = _section(DecoderConfig, config, "model")
         self.training = _section(TrainingConfig, config, "training")
         self.key = jax.random.key(config.seed)
-        self.splits = _read_text(self.data)
+        self.splits = read_text(self.data)
         length = self.data.sequence_length
         self.packed = {name: pack(documents, length) for name, documents in self.splits.items()}
         # Overlapping windows, since a model's first bytes of a window have little to go by and an n-gram's have all.
@@ -86,7 +86,7 @@ class Lab:
         return balanced_subset(sequences, min(per_domain, smallest), jax.random.fold_in(self.key, 2))
 
 
-def _read_text(config: DataConfig) -> dict[str, tuple[Document, ...]]:
+def read_text(config: DataConfig) -> dict[str, tuple[Document, ...]]:
     """The splits; what is wrong with the text or its settings is the user's to mend and becomes a ConfigError."""
     try:
         splits = split_documents(load_documents(config), config)

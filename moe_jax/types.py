@@ -77,6 +77,8 @@ class Choice:
       capacity: the most tokens of any expert, if the rule itself promises one.
       scores: `[T, E]` float32 what the selection bias is added to; None from rules that do not simply take the best of
         scores plus bias.
+      num_null: the last columns of E that are null experts. Their ids may be chosen, with gate 0, and are counted, but
+        nothing is dispatched: their slots are empty in the plan.
     """
 
     expert_ids: Array
@@ -86,6 +88,7 @@ class Choice:
     priority: Array | None = None
     capacity: int | None = dataclasses.field(default=None, metadata={"static": True})
     scores: Array | None = None
+    num_null: int = dataclasses.field(default=0, metadata={"static": True})
 
 
 @_pytree
@@ -113,7 +116,8 @@ class RouterStats:
     Every loss and metric is one formula applied after the addition. Masked tokens contribute to `num_masked` only.
 
     Attributes:
-      chosen: `[E]` assignments the rule asked for, before capacity.
+      chosen: `[E]` assignments the rule asked for, before capacity; those to null experts are shared evenly among them,
+        since it does not matter which was chosen.
       kept: `[E]` assignments that reach an expert.
       prob_sums: `[E]` sum of the router's probabilities (what the load-balancing loss differentiates).
       entropy_sum: `[]` sum of the probabilities' entropies, nats.

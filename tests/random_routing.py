@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.routing import RULES
+from moe_jax.routing import RULES, rule_settings
 from moe_jax.types import Topology
 
 NUM_EXPERTS = 6
@@ -14,6 +14,22 @@ NUM_SEQUENCES = 3
 def choices_of(rule):
     """A K that the rule accepts."""
     return RULES[rule].only_choices or 3
+
+
+def nulls_of(rule):
+    """The number of null experts among the rule's columns."""
+    return rule_settings(RULES[rule]).get("num_null", 0)
+
+
+def random_permutation(rule, seed):
+    """A new order of the experts that the rule must not notice.
+
+    Rules with groups of experts keep these together; null experts are not experts like the others and stay last.
+    """
+    rng, num_true = np.random.default_rng(seed), NUM_EXPERTS - nulls_of(rule)
+    groups = np.arange(num_true).reshape(rule_settings(RULES[rule]).get("num_groups", 1), -1)
+    order = np.concatenate([rng.permutation(group) for group in rng.permutation(groups)])
+    return np.append(order, np.arange(num_true, NUM_EXPERTS))
 
 
 def random_logits(seed, num_tokens=NUM_TOKENS):

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from moe_jax.cli import main
 from moe_jax.cli.runs import describe_age
+from moe_jax.routing import RULES
 from moe_jax.runs import RunFolder
 
 
@@ -41,6 +42,15 @@ def test_runs_of_an_empty_place(root, capsys):
     assert capsys.readouterr().out == "no runs below elsewhere\n"
 
 
+def test_rules_are_listed_and_explained(root, capsys):
+    assert main(["rules"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f" {name} " in shown for name in RULES) and "arXiv:2412.19437" in shown
+    assert main(["rules", "sigmoid_top_k"]) == 0
+    shown = capsys.readouterr().out
+    assert "settings: score_function='sigmoid', renormalize=True, scale=1.0" in shown and "the K best" in shown
+
+
 def test_report_is_made_again(root, capsys):
     assert main(["report", "runs/evolve/small-seed0"]) == 0
     assert capsys.readouterr().out == "runs/evolve/small-seed0/report.html\n"
@@ -53,6 +63,7 @@ def test_report_is_made_again(root, capsys):
         (["report", "nothing"], "nothing is no run folder: it has no status.json"),
         (["report"], "the following arguments are required: RUN"),
         (["rnus"], "invalid choice: 'rnus'"),
+        (["rules", "top"], "unknown routing rule 'top'"),
         (["runs", "--rot=x"], "unrecognized arguments: --rot=x"),
         ([], "the following arguments are required: COMMAND"),
     ],

@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax.analysis import find_flips, load_plan, save_plan
 from moe_jax.models.decoder import Decoder
-from moe_jax.routing import RULES, Rule, route
+from moe_jax.routing import RULES, Rule, route, rule_settings
 from moe_jax.types import RoutingPlan
 from tests.random_routing import (
     NUM_EXPERTS,
@@ -26,10 +26,10 @@ FORCIBLE = [name for name, rule in RULES.items() if rule.can_be_forced]
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, TINY.vocab_size, (3, 8)), jnp.int32)
 
 
-def random_plan(seed, num_choices):
-    """Distinct experts in any order, some slots empty."""
+def random_plan(seed, num_choices, num_reachable=NUM_EXPERTS):
+    """Distinct experts of the first few in any order, some slots empty."""
     rng = np.random.default_rng(seed)
-    ids = np.argsort(rng.random((NUM_TOKENS, NUM_EXPERTS)))[:, :num_choices].astype(np.int32)
+    ids = np.argsort(rng.random((NUM_TOKENS, num_reachable)))[:, :num_choices].astype(np.int32)
     ids[rng.random(ids.shape) < 0.2] = NUM_EXPERTS
     gates = np.where(ids < NUM_EXPERTS, rng.random(ids.shape), 0).astype(np.float32)
     return RoutingPlan(jnp.asarray(ids), jnp.asarray(gates), NUM_EXPERTS, None)
@@ -66,7 +66,8 @@ def test_what_was_recorded_is_what_comes_out(rule):
 
 @pytest.mark.parametrize("rule", [name for name in FORCIBLE if RULES[name].only_choices is None])
 def test_any_experts_can_be_forced_and_their_gates_follow_the_logits(rule):
-    plan = random_plan(3, 2)
+    # A rule that opens one group of experts to a token is forced within one.
+    plan = random_plan(3, 2, NUM_EXPERTS // rule_settings(RULES[rule]).get("num_groups", 1))
 
     def gates(logits):
         output = route(logits, RULES[rule], num_choices=3, forced=plan, force="ids", token_ids=random_ids(0))

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from moe_jax.cli import report, runs
+from moe_jax.cli import report, rules, runs
 from moe_jax.runs import ConfigError, RunError
 
 _EXAMPLES = """examples:
   moe-jax runs                                          the runs below ./runs, newest first
   moe-jax report runs/evolve_topology/small-seed0       makes its report.html again
+  moe-jax rules                                         the routing rules and what may be relied on
 
 Experiments are modules of their own: python -m experiments.evolve_topology --help
 """
@@ -27,10 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit code: 0, or 2 after an error that the caller can mend, which is one line on stderr.
     """
-    parser = _Parser(prog="moe-jax", description="Looks after runs.", epilog=_EXAMPLES, allow_abbrev=False)
+    parser = _Parser(
+        prog="moe-jax", description="Looks after runs and lists what there is.", epilog=_EXAMPLES, allow_abbrev=False
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (runs, report):
+    for command in (runs, report, rules):
         command.add_command(commands)
     try:
         arguments = parser.parse_args(argv)

@@ -17,7 +17,7 @@ from moe_jax.evolution.genomes import Genome, LayerTopology
 from moe_jax.losses import kl_divergence
 from moe_jax.models.cost import active_expert_flops
 from moe_jax.models.decoder import Decoder, DecoderConfig
-from moe_jax.routing import count_assignments, population_topology
+from moe_jax.routing import count_assignments, get_rule, population_topology
 from moe_jax.types import Array
 
 OBJECTIVES = (
@@ -32,6 +32,7 @@ class PopulationData(NamedTuple):
 
     Attributes:
       state: the model's parameters and balance state.
+      tokens: `[N, S]` int token ids.
       hidden: `[N, S, D]` activations entering the first layer that a candidate may change.
       token_mask: `[N, S]` bool.
       reference: `[N, S, V]` float32 logits of the untouched model.
@@ -39,6 +40,7 @@ class PopulationData(NamedTuple):
     """
 
     state: nnx.State
+    tokens: Array
     hidden: Array
     token_mask: Array
     reference: Array
@@ -70,6 +72,11 @@ class PopulationEvaluator:
                 f"capacity_factor={self.config.capacity_factor} limits the rows of all candidates together, so they "
                 "would push each other out; evaluate topologies of a model with capacity_factor=None"
             )
+        if not get_rule(self.config.rule).is_causal:
+            raise ValueError(
+                f"rule={self.config.rule!r} lets tokens compete across sequences, so candidates would change each "
+                "other's routing; evaluate topologies of a model with a causal rule"
+            )
         if not 0 <= self.frozen_layers < self.config.num_moe_layers:
             raise ValueError(
                 f"frozen_layers={self.frozen_layers} must leave at least one of the {self.config.num_moe_layers} MoE "
@@ -90,7 +97,7 @@ class PopulationEvaluator:
           tokens: `[N, S]` int token ids of the split to evaluate on.
           token_mask: `[N, S]` bool.
         """
-        return PopulationData(state, *_shared(self.graphdef, self.first_layer, state, tokens, token_mask))
+        return PopulationData(state, tokens, *_shared(self.graphdef, self.first_layer, state, tokens, token_mask))
 
     def objectives(self, genomes: Array, data: PopulationData) -> Array:
         """All three objectives, each to be minimised, named in `OBJECTIVES`.
@@ -133,6 +140,7 @@ class PopulationEvaluator:
             ),
             jnp.repeat(jnp.arange(count), data.hidden.shape[0]),
             trace="topk",
+            token_ids=_side_by_side(data.tokens, count),
         )
         assert routed.plan is not None  # the trace level keeps it
         ids = routed.plan.expert_ids.reshape(num_layers, count, -1)  # (L', c*N*S, K) -> (L', c, N*S*K)
@@ -182,10 +190,11 @@ def candidates_that_fit(config: DecoderConfig, num_sequences: int, length: int, 
 def _shared(
     graphdef: nnx.GraphDef, first_layer: int, state: nnx.State, tokens: Array, token_mask: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """The fields of `PopulationData` after `state`."""
+    """The fields of `PopulationData` after `tokens`."""
     model: Decoder = nnx.merge(graphdef, state)
-    hidden, routed = model.run_layers(model.embed(tokens, token_mask), 0, first_layer, token_mask)
-    rest, _ = model.run_layers(hidden, first_layer, len(model.config.layers), token_mask, trace="off")
+    embedded, last = model.embed(tokens, token_mask), len(model.config.layers)
+    hidden, routed = model.run_layers(embedded, 0, first_layer, token_mask, token_ids=tokens)
+    rest, _ = model.run_layers(hidden, first_layer, last, token_mask, trace="off", token_ids=tokens)
     load = jnp.zeros(0)
     if routed.stats is not None:
         load = _relative_load(routed.stats.kept, jnp.float32(model.config.num_experts))

@@ -41,8 +41,8 @@ def measure_saliency(
     for index, kind in enumerate(model.config.layers):
         block = model.layer(index)
         if kind == "moe":
-            rows.append(_layer_sums(block, x, token_mask))
-        x = _run_block(block, x, token_mask)
+            rows.append(_layer_sums(block, x, token_mask, tokens))
+        x = _run_block(block, x, token_mask, tokens)
     counts, gates, products = (np.stack([np.asarray(row[i]) for row in rows]) for i in range(3))
     return {
         "frequency": counts,
@@ -67,18 +67,18 @@ def prune_uniformly(saliency: np.ndarray, total: int, num_choices: int) -> Layer
 
 
 @jax.jit
-def _run_block(block: Block, x: Array, token_mask: Array) -> Array:
+def _run_block(block: Block, x: Array, token_mask: Array, token_ids: Array) -> Array:
     """One block's `[N, S, D]` output; compiled once for each kind of layer, not for each layer."""
-    return block(x, token_mask)[0]
+    return block(x, token_mask, token_ids=token_ids)[0]
 
 
 @jax.jit
-def _layer_sums(block: Block, x: Array, token_mask: Array) -> tuple[Array, Array, Array]:
+def _layer_sums(block: Block, x: Array, token_mask: Array, token_ids: Array) -> tuple[Array, Array, Array]:
     """`[E]` counts, gate sums and sums of gate times output norm of one MoE block."""
     assert isinstance(block.feed_forward, MoELayer)  # the caller picks the layers of that kind
     experts = block.feed_forward.experts
     _, normed = block.attend(x, token_mask)
-    _, routed = block.feed_forward(normed, token_mask)
+    _, routed = block.feed_forward(normed, token_mask, token_ids=token_ids)
     assert routed.plan is not None  # a layer by itself returns everything
     tokens, plan = normed.reshape(-1, normed.shape[-1]), routed.plan
 

@@ -21,7 +21,7 @@ from moe_jax.nn.experts import SwiGLUExperts
 from moe_jax.nn.feed_forward import FeedForward
 from moe_jax.nn.moe import MoELayer, Setting, StatsLevel
 from moe_jax.nn.router import LinearRouter
-from moe_jax.routing import Balancer, Force, check_choices, get_rule, keep_trace
+from moe_jax.routing import Balancer, Force, check_rule, get_rule, keep_trace
 from moe_jax.types import Array, RouterOutput, RouterStats, RoutingPlan, Topology, TraceLevel
 
 LayerKind = Literal["dense", "moe"]
@@ -82,7 +82,7 @@ class DecoderConfig:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         object.__setattr__(self, "rule_settings", FrozenDict(self.rule_settings))  # hashable, as the structure must be
         rule = get_rule(self.rule, **self.rule_settings)
-        check_choices(rule, self.num_choices, self.num_experts, self.rule)
+        check_rule(rule, self.num_choices, self.num_experts, self.rule, bias_bins=self.bias_bins)
         if not (rule.is_causal or self.allow_noncausal):
             raise ValueError(
                 f"rule={self.rule!r} lets a token's routing depend on later tokens or other sequences, which a "
@@ -292,8 +292,9 @@ class Decoder(nnx.Module):
           stats: sums over the whole optimizer step, with a leading `[L]`.
           balancer: moves the selection biases; see `routing.BALANCERS`.
         """
+        total = jax.tree.map(lambda leaf: leaf.sum(0), stats)
         for layers, part in self._routed_stacks(stats):
-            moved = jax.vmap(lambda layer, sums: layer.next_balance(sums, balancer))(layers, part)
+            moved = jax.vmap(lambda layer, sums: layer.next_balance(sums, total, balancer))(layers, part)
             for name, value in moved.items():
                 getattr(layers, name)[...] = value
 

@@ -10,7 +10,7 @@ from flax import nnx
 from moe_jax.dispatch import get_backend
 from moe_jax.nn.experts import SwiGLUExperts
 from moe_jax.nn.router import Balance, LinearRouter
-from moe_jax.routing import Balancer, Force, Rule, check_choices, expert_capacity, get_rule, route
+from moe_jax.routing import Balancer, Force, Rule, check_rule, expert_capacity, get_rule, route
 from moe_jax.types import Array, RouterOutput, RouterStats, RoutingPlan, Topology
 
 StatsLevel = Literal["batch", "sequence", "token"]
@@ -52,7 +52,7 @@ class MoELayer(nnx.Module):
         get_backend(backend)  # an unknown name fails here, not in the first step
         self.backend, self.stats_level, self.bias_bins = backend, stats_level, bias_bins
         num_experts = experts.num_experts
-        check_choices(self.routing_rule, num_choices, num_experts, rule)
+        check_rule(self.routing_rule, num_choices, num_experts, rule, bias_bins=bias_bins)
         controller = self.routing_rule.controller
         self.bias = Balance(jnp.zeros(num_experts))
         self.level = Balance(jnp.float32(0 if controller is None else controller.start))
@@ -126,16 +126,18 @@ class MoELayer(nnx.Module):
         mixed = dispatch(x.reshape(num_tokens, -1), output.plan, self.experts.expert, params)
         return mixed.reshape(x.shape), output
 
-    def next_balance(self, stats: RouterStats, balancer: Balancer) -> dict[str, Array]:
+    def next_balance(self, stats: RouterStats, total: RouterStats, balancer: Balancer) -> dict[str, Array]:
         """The balance state after an optimizer step, by the names of its variables.
 
         Args:
           stats: sums over the whole optimizer step, without leading axes.
+          total: the same, summed over the layers of the model.
           balancer: moves the selection bias; see `routing.BALANCERS`.
         """
         level, integral = self.level[...], self.integral[...]
         if (controller := self.routing_rule.controller) is not None:
-            level, integral = controller.update(level, integral, stats, self.num_choices)
+            seen = total if controller.over_layers else stats
+            level, integral = controller.update(level, integral, seen, self.num_choices)
         return {"bias": balancer(self.bias[...], stats), "level": level, "integral": integral}
 
     def penalty(self, stats: RouterStats) -> Array:

@@ -130,7 +130,7 @@ def get_balancer(name: str, **settings: Any) -> Balancer:
     """
     if name not in BALANCERS:
         raise ValueError(f"unknown balancer {name!r}; known: {', '.join(BALANCERS)}")
-    known = settings_of(BALANCERS[name])
+    known = set(settings_of(BALANCERS[name]))
     if unknown := sorted(set(settings) - known):
         raise ValueError(
             f"balancer {name!r} has no setting {', '.join(map(repr, unknown))}; "

@@ -2,6 +2,7 @@
 
 from typing import get_args
 
+import jax
 import jax.numpy as jnp
 
 from moe_jax.ops.capacity import drop_over_capacity
@@ -92,6 +93,8 @@ def route(
     else:
         choice, capacity = forced_choice(inputs, rule, forced, force), forced.capacity
     kept_ids, gates = choice.expert_ids, choice.gates
+    if choice.num_null:
+        kept_ids = jnp.where(kept_ids < num_experts - choice.num_null, kept_ids, num_experts)
     if capacity is not None:
         kept_ids = drop_over_capacity(kept_ids, num_experts, capacity, choice.priority)
         gates = jnp.where(kept_ids < num_experts, gates, 0.0)
@@ -114,6 +117,31 @@ def route(
     )
     most = min((c for c in (capacity, choice.capacity) if c is not None), default=None)
     return RouterOutput(RoutingPlan(kept_ids, gates, num_experts, most), logits, stats)
+
+
+def check_rule(rule: Rule, num_choices: int, num_experts: int, name: str = "this rule", *, bias_bins: int = 0) -> None:
+    """Refuses when a model is built what would otherwise fail in its first step; traces a few tokens, runs nothing.
+
+    Args:
+      rule: with its settings.
+      num_choices: K.
+      num_experts: E.
+      name: the rule's name, for messages.
+      bias_bins: as in `route`.
+
+    Raises:
+      ValueError: a K that E or the rule does not allow, settings that do not go with K and E, or bins that the rule
+        cannot fill.
+    """
+    check_choices(rule, num_choices, num_experts, name)
+
+    def route_and_steer(logits: Array, token_ids: Array) -> None:
+        stats = route(logits, rule, num_choices=num_choices, token_ids=token_ids, bias_bins=bias_bins).stats
+        if rule.controller is not None:
+            rule.controller.update(jnp.float32(0), jnp.float32(0), stats, num_choices)
+
+    logits = jax.ShapeDtypeStruct((num_experts, num_experts), jnp.float32)
+    jax.eval_shape(route_and_steer, logits, jax.ShapeDtypeStruct((num_experts,), jnp.int32))
 
 
 def keep_trace(output: RouterOutput, level: TraceLevel) -> RouterOutput:

@@ -20,11 +20,13 @@ class Controller(NamedTuple):
       update: (level `[]`, integral `[]`, stats of one optimizer step, K) to the next level and integral; its
         keyword-only arguments are settings too.
       penalty: (level, stats, K) to a loss `[]`, differentiable through the stats; None for none.
+      over_layers: update's stats are sums over all layers, so that they share one level.
     """
 
     start: float
     update: Callable[..., tuple[Array, Array]]
     penalty: Callable[[Array, RouterStats, int], Array] | None = None
+    over_layers: bool = False
 
 
 class Rule(NamedTuple):
@@ -38,7 +40,7 @@ class Rule(NamedTuple):
       fixed_count: an unmasked token gets exactly K experts where so many are open.
       normalized: an unmasked token's gates sum to 1.
       is_learned: the choice depends on the logits.
-      can_be_forced: with a large enough bias the rule selects any experts one likes, and weighs them.
+      can_be_forced: with a large enough bias the rule selects any K experts that it could select, and weighs them.
       needs_token_ids: the choice depends on the tokens' vocabulary ids.
       controller: steers the rule's level between optimizer steps, for the rules that have one.
     """
@@ -60,27 +62,26 @@ def bind_settings(rule: Rule, settings: Mapping[str, Any], name: str) -> Rule:
 
     Args:
       rule: a rule.
-      settings: values for keyword-only arguments of `choose` or of the controller's `update`.
+      settings: values for keyword-only arguments of `choose` or of the controller's `update`, or for its `start`.
       name: the rule's name, for messages.
 
     Raises:
       ValueError: a setting that the rule does not have; the message lists those that it has.
     """
-    update = None if rule.controller is None else rule.controller.update
-    known = {function: settings_of(function) for function in (rule.choose, update) if function is not None}
-    all_known = sorted(set().union(*known.values()))
+    all_known = sorted(rule_settings(rule))
     if unknown := sorted(set(settings) - set(all_known)):
         raise ValueError(
             f"rule {name!r} has no setting {', '.join(map(repr, unknown))}; it has: {', '.join(all_known) or 'none'}"
         )
 
     def bind(function: Callable) -> Callable:
-        mine = {key: value for key, value in settings.items() if key in known[function]}
+        mine = {key: value for key, value in settings.items() if key in settings_of(function)}
         return functools.partial(function, **mine) if mine else function
 
     if rule.controller is None:
         return rule._replace(choose=bind(rule.choose))
-    controller = rule.controller._replace(update=bind(rule.controller.update))
+    start = settings.get("start", rule.controller.start)
+    controller = rule.controller._replace(start=start, update=bind(rule.controller.update))
     return rule._replace(choose=bind(rule.choose), controller=controller)
 
 
@@ -96,7 +97,15 @@ def check_choices(rule: Rule, num_choices: int, num_experts: int, name: str = "t
         raise ValueError(f"{name} routes to exactly {rule.only_choices} expert(s), got num_choices={num_choices}")
 
 
-def settings_of(function: Callable) -> set[str]:
-    """Names of the keyword-only arguments, those that a `partial` has filled included."""
+def rule_settings(rule: Rule) -> dict[str, Any]:
+    """The rule's settings with their values: those of `choose`, then those of its controller."""
+    settings = settings_of(rule.choose)
+    if rule.controller is not None:
+        settings |= {"start": rule.controller.start} | settings_of(rule.controller.update)
+    return settings
+
+
+def settings_of(function: Callable) -> dict[str, Any]:
+    """The keyword-only arguments with their defaults, or what a `partial` has put in their place."""
     parameters = inspect.signature(function).parameters.values()
-    return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}

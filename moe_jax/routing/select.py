@@ -38,6 +38,13 @@ def gather_chosen(values: Array, expert_ids: Array) -> Array:
     return jnp.where(expert_ids < num_experts, chosen, 0.0)
 
 
+def softmax_of_chosen(logits: Array, expert_ids: Array) -> Array:
+    """Softmax over the chosen logits alone: `[T, E]` at `expert_ids [T, K]`; 0 in empty slots."""
+    is_chosen = expert_ids < logits.shape[-1]
+    chosen = jnp.where(is_chosen, gather_chosen(logits, expert_ids), CLOSED)
+    return jax.nn.softmax(chosen, axis=-1) * is_chosen
+
+
 def biased(scores: Array, inputs: RoutingInputs) -> Array:
     """`scores [T, E]` plus the selection bias, which has no gradient."""
     if inputs.bias is None:

@@ -59,7 +59,7 @@ def router_stats(
         load=choice.load,
         bins=bins,
     )
-    sum_tokens = partial(_sum_tokens, bias_bins=bias_bins)
+    sum_tokens = partial(_sum_tokens, num_null=choice.num_null, bias_bins=bias_bins)
     if num_groups is None:
         return sum_tokens(per_token)
     groups = jax.tree.map(lambda x: x.reshape(num_groups, -1, *x.shape[1:]), per_token)
@@ -81,11 +81,15 @@ class _PerToken(NamedTuple):
     bins: Array | None
 
 
-def _sum_tokens(tokens: _PerToken, bias_bins: int) -> RouterStats:
+def _sum_tokens(tokens: _PerToken, num_null: int, bias_bins: int) -> RouterStats:
     num_experts = tokens.probabilities.shape[-1]
     is_chosen = tokens.chosen_ids[:, :, None] == jnp.arange(num_experts)[None, None, :]
     chosen = is_chosen.sum((0, 1), dtype=jnp.float32)
     kept = count_assignments(tokens.kept_ids, num_experts)
+    num_true = num_experts - num_null
+    dropped = (chosen - kept)[:num_true].sum()
+    if num_null:
+        chosen = chosen.at[num_true:].set(chosen[num_true:].mean())
     num_tokens = tokens.is_token.sum(dtype=jnp.float32)
     return RouterStats(
         chosen=chosen,
@@ -93,7 +97,7 @@ def _sum_tokens(tokens: _PerToken, bias_bins: int) -> RouterStats:
         prob_sums=tokens.probabilities.sum(0),
         entropy_sum=tokens.entropy.sum(),
         z_sum=jnp.square(tokens.log_normalizer).sum(),
-        dropped_capacity=(chosen - kept).sum(),
+        dropped_capacity=dropped,
         dropped_topology=jnp.float32(0) if tokens.asked is None else tokens.asked.sum(dtype=jnp.float32) - chosen.sum(),
         num_tokens=num_tokens,
         num_masked=tokens.is_token.shape[0] - num_tokens,

@@ -58,12 +58,16 @@ def to_slots(chosen, num_slots, num_experts):
     return ids, gates
 
 
-def route_loop(oracle, logits, num_choices, *, token_mask=None, capacity=None, fixed_count=True, **given):
-    """Ids, gates and statistics of `route`, with dictionaries and loops; `given` are arguments of `make_case`."""
+def route_loop(oracle, logits, num_choices, *, token_mask=None, capacity=None, fixed_count=True, num_null=0, **given):
+    """Ids, gates and statistics of `route`, with dictionaries and loops; `given` are arguments of `make_case`.
+
+    The last `num_null` experts are null: the choices of them are counted in equal shares, and dispatched nowhere.
+    """
     case = make_case(logits, token_mask=token_mask, **given)
     num_tokens, num_experts = logits.shape
     token_mask = np.ones(num_tokens, bool) if token_mask is None else np.asarray(token_mask)
-    ids, gates, probabilities = oracle(case, num_choices)
+    ids, gates, probabilities, *priority = oracle(case, num_choices)
+    served = sorted(range(num_tokens), key=lambda t: (-priority[0][t] if priority else 0.0, t))
     chosen_gates = gates.copy()
     entropy, z = 0.0, 0.0
     for t in range(num_tokens):
@@ -74,9 +78,11 @@ def route_loop(oracle, logits, num_choices, *, token_mask=None, capacity=None, f
     asked = sum(min(case.limit[t], num_choices) for t in range(num_tokens) if token_mask[t])
     chosen = np.array([(ids == e).sum() for e in range(num_experts)], float)
     importance = np.array([chosen_gates[ids == e].sum() for e in range(num_experts)])
+    is_null = np.arange(num_experts) >= num_experts - num_null
+    ids[np.isin(ids, np.flatnonzero(is_null))] = num_experts
     room = dict.fromkeys(range(num_experts), num_tokens if capacity is None else capacity)
     for slot in range(ids.shape[1]):
-        for t in range(num_tokens):
+        for t in served:
             e = ids[t, slot]
             if e == num_experts:
                 continue
@@ -86,12 +92,12 @@ def route_loop(oracle, logits, num_choices, *, token_mask=None, capacity=None, f
                 room[e] -= 1
     kept = np.array([(ids == e).sum() for e in range(num_experts)], float)
     stats = {
-        "chosen": chosen,
+        "chosen": np.where(is_null, chosen[is_null].sum() / max(num_null, 1), chosen),
         "kept": kept,
         "prob_sums": probabilities.sum(0),
         "entropy_sum": entropy,
         "z_sum": z,
-        "dropped_capacity": (chosen - kept).sum(),
+        "dropped_capacity": (chosen - kept)[~is_null].sum(),
         "dropped_topology": asked - chosen.sum() if fixed_count else 0.0,
         "num_tokens": float(token_mask.sum()),
         "num_masked": float((~token_mask).sum()),

@@ -37,6 +37,11 @@ def sigmoid(values):
     return {e: 1 / (1 + math.exp(-z)) for e, z in values.items()}
 
 
+def sqrt_softplus(values):
+    """Of a dictionary of logits."""
+    return {e: math.sqrt(math.log1p(math.exp(z))) for e, z in values.items()}
+
+
 def softmax_top_k(case, num_choices):
     return top_k(case, num_choices, softmax, renormalize=False)
 
@@ -47,3 +52,7 @@ def softmax_top_k_renormalized(case, num_choices):
 
 def sigmoid_top_k(case, num_choices):
     return top_k(case, num_choices, sigmoid, renormalize=True)
+
+
+def sqrt_softplus_top_k(case, num_choices):
+    return top_k(case, num_choices, sqrt_softplus, renormalize=True)

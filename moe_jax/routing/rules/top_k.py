@@ -11,11 +11,8 @@ trained with one of them and differ in rounding. A bias, if given, moves the sel
 (2408.15664, eq. 3).
 """
 
-import jax
-import jax.numpy as jnp
-
-from moe_jax.routing.scores import CLOSED, normalize, score
-from moe_jax.routing.select import biased, gather_chosen, select_top_k
+from moe_jax.routing.scores import normalize, score
+from moe_jax.routing.select import biased, gather_chosen, select_top_k, softmax_of_chosen
 from moe_jax.types import Choice, RoutingInputs
 
 
@@ -51,6 +48,4 @@ def top_k_softmax(inputs: RoutingInputs, num_choices: int) -> Choice:
     probabilities = score("softmax", inputs.logits, inputs.is_open)
     selection = inputs.logits if inputs.bias is None else biased(probabilities, inputs)
     ids = select_top_k(selection, num_choices, inputs.is_open, inputs.limit)
-    is_chosen = ids < inputs.logits.shape[-1]
-    chosen = jnp.where(is_chosen, gather_chosen(inputs.logits, ids), CLOSED)
-    return Choice(ids, jax.nn.softmax(chosen, axis=-1) * is_chosen, probabilities, scores=probabilities)
+    return Choice(ids, softmax_of_chosen(inputs.logits, ids), probabilities, scores=probabilities)

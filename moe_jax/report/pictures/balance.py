@@ -1,4 +1,4 @@
-"""The picture of `balance_lab`: MaxVio over time for every method and rate, and how fast against how quiet."""
+"""How balance rules converge and oscillate: MaxVio over time, and speed against quiet."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ COLUMNS = 4
 COLOURS, MARKS = (*CYCLE, INK, MUTED), MARKERS + "X*"
 
 
-def plot_lab(
+def plot_balance_lab(
     rows: Sequence[Mapping[str, Any]], traces: Mapping[str, np.ndarray], *, chance: float, jump: int
 ) -> Figure:
-    """Draws the laboratory's result.
+    """Draws every method at its rates, as `experiments.balance_lab` measures them.
 
     Args:
-      rows: as `balance_lab.run_lab` gives them.
-      traces: name -> `[R, steps]` MaxVio, rates slowest first; rules without state have no panel.
+      rows: one per method and rate, slowest first, with keys `method`, `kind` ("bias" and "loss" are drawn), `rate`,
+        `seeds`, `max_violation`, `recover` (steps), `recover_interval` and `recover_never` (seeds).
+      traces: method -> `[R, steps]` MaxVio; "no balance" is among them.
       chance: MaxVio of a uniform router.
-      jump: step of the jump.
+      jump: step of the jump, half of all steps.
 
     Returns:
       The figure: a panel per method above, the trade-off of balancers and of losses below.
@@ -43,7 +44,7 @@ def plot_lab(
         panels = above.subplots(-(-len(moving) // COLUMNS), COLUMNS, sharex=True, sharey=True, squeeze=False).flat
         for axes, name in zip(panels, moving, strict=False):
             rates = [row["rate"] for row in rows if row["method"] == name]
-            draw_trace(axes, name, rates, traces, chance, jump)
+            _draw_trace(axes, name, rates, traces, chance, jump)
         above.supxlabel("step; the stream jumps in the middle", color=MUTED, fontsize=8.5)
         above.supylabel("MaxVio", color=MUTED, fontsize=8.5)
         above.legend(
@@ -62,14 +63,14 @@ def plot_lab(
         pair = below.subplots(1, 2, sharex=True, sharey=True)
         titles = {"bias": "Balancers: a bias on the selection", "loss": "Losses: an offset on the logits"}
         for axes, (kind, title) in zip(pair, titles.items(), strict=True):
-            draw_trade_off(axes, [row for row in rows if row["kind"] == kind], chance, jump)
+            _draw_trade_off(axes, [row for row in rows if row["kind"] == kind], chance, jump)
             axes.set_title(title)
             axes.set_xlabel("steps to recover from the jump")
         pair[0].set_ylabel("MaxVio when settled")
     return figure
 
 
-def draw_trace(
+def _draw_trace(
     axes: Axes, name: str, rates: Sequence[float], traces: Mapping[str, np.ndarray], chance: float, jump: int
 ) -> None:
     """One method: a line per rate, over the unbalanced stream and the band of chance."""
@@ -86,7 +87,7 @@ def draw_trace(
         axes.text(0.06 + 0.25 * place, 0.92, f"{rate:g}", color=colour, fontsize=7, transform=axes.transAxes)
 
 
-def draw_trade_off(axes: Axes, rows: Sequence[Mapping[str, Any]], chance: float, phase: int) -> None:
+def _draw_trade_off(axes: Axes, rows: Sequence[Mapping[str, Any]], chance: float, phase: int) -> None:
     """A line per method through its rates; larger marks are faster rates, hollow ones never recovered."""
     axes.axhspan(1e-3, chance, color=ORANGE, alpha=0.28, lw=0)
     for index, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
