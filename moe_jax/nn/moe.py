@@ -47,6 +47,7 @@ class MoELayer(nnx.Module):
         backend: str = "blocked",
         capacity_factor: float | None = None,
         stats_level: StatsLevel = "batch",
+        bias_bins: int = 0,
     ):
         """Joins the parts; every name is an entry of its table and checked here.
 
@@ -63,15 +64,16 @@ class MoELayer(nnx.Module):
           backend: a name in `dispatch.BACKENDS`.
           capacity_factor: rows per expert relative to perfect balance, or None to drop nothing.
           stats_level: what statistics are summed over; below "batch" they have a leading axis of sequences or tokens.
+          bias_bins: bins of the statistics' histogram for the balancer "quantile", or 0; see `routing.route`.
         """
         self.router, self.experts = router, experts
         self.shared, self.latent, self.zero_compute = shared, latent, zero_compute
         self.num_choices, self.capacity_factor = num_choices, capacity_factor
         self.rule, self.rule_settings = rule, tuple(sorted((rule_settings or {}).items()))
         get_backend(backend)  # an unknown name fails here, not in the first step
-        self.backend, self.stats_level = backend, stats_level
+        self.backend, self.stats_level, self.bias_bins = backend, stats_level, bias_bins
         num_experts = self.num_experts
-        check_rule(self.routing_rule, num_choices, num_experts, rule)
+        check_rule(self.routing_rule, num_choices, num_experts, rule, bias_bins=bias_bins)
         _check_null_experts(self.routing_rule, zero_compute, rule)
         controller = self.routing_rule.controller
         self.bias = Balance(jnp.zeros(num_experts))
@@ -143,6 +145,7 @@ class MoELayer(nnx.Module):
             forced=forced,
             force=force,
             stats_groups={"batch": None, "sequence": num_sequences, "token": num_tokens}[self.stats_level],
+            bias_bins=self.bias_bins,
         )
         assert isinstance(output.plan, RoutingPlan)  # route always makes one; only keep_trace drops it
         return self._mix(x, output.plan, token_mask), output

@@ -6,7 +6,15 @@ topology, capacity) and the statistics that every loss and picture reads. A new 
 """
 
 from moe_jax.ops.capacity import drop_over_capacity, expert_capacity
-from moe_jax.routing.balance import BALANCERS, Balancer, get_balancer, move_bias_by_sign
+from moe_jax.routing.balance import (
+    BALANCERS,
+    Balancer,
+    get_balancer,
+    move_bias_by_sign,
+    move_bias_by_sign_in_groups,
+    move_bias_in_proportion,
+    move_bias_to_quantile,
+)
 from moe_jax.routing.force import Force
 from moe_jax.routing.route import check_rule, keep_trace, route
 from moe_jax.routing.rule import Controller, Rule, check_choices, rule_settings
@@ -35,6 +43,9 @@ __all__ = [
     "get_rule",
     "keep_trace",
     "move_bias_by_sign",
+    "move_bias_by_sign_in_groups",
+    "move_bias_in_proportion",
+    "move_bias_to_quantile",
     "normalize",
     "open_experts",
     "population_topology",
