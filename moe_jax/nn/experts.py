@@ -1,5 +1,7 @@
 """Expert stacks: E experts' parameters in arrays with a leading `[E]`, and the function of one expert."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,12 +14,20 @@ def _swiglu_inner(params: dict[str, Array], rows: Array) -> Array:
 
 
 def _swiglu_outer(params: dict[str, Array], hidden: Array) -> Array:
+    return _swiglu(hidden) @ params["w_out"]
+
+
+def _swiglu_grouped(params: dict[str, Array], rows: Array, matmul: Callable, spread: Callable) -> Array:
+    return matmul(_swiglu(matmul(rows, params["w_in"])), params["w_out"])
+
+
+def _swiglu(hidden: Array) -> Array:
     gate, up = jnp.split(hidden, 2, axis=-1)
-    return (jax.nn.silu(gate) * up) @ params["w_out"]
+    return jax.nn.silu(gate) * up
 
 
 # SwiGLU (Shazeer 2002.05202): (silu(x W_gate) * (x W_up)) W_out, with w_in = [W_gate, W_up] fused.
-SWIGLU = Expert(_swiglu_inner, _swiglu_outer)
+SWIGLU = Expert(_swiglu_inner, _swiglu_outer, _swiglu_grouped)
 
 
 class SwiGLUExperts(nnx.Module):
