@@ -204,10 +204,16 @@ class Expert(NamedTuple):
     for a row of padding is discarded.
     A backend with its own VJP stores only `inner`'s output and recomputes the cheap rest, so cut behind the first
     matmul: then neither half repeats a matmul in the backward pass.
+
+    `grouped(params, rows, matmul, spread)` is the same network for all experts at once, from the stacked parameters and
+    rows `[N, D]` in expert order to `[N, D]`. It multiplies with `matmul(rows [N, D], weights [E, D, F])`, `[N, F]`;
+    what is not a matrix, say a bias, it takes by `spread(values [E, ...])`, `[N, ...]`, the value of each row's expert.
+    Backends made of grouped matmuls refuse an expert without it.
     """
 
     inner: Callable[[ArrayTree, Array], ArrayTree]
     outer: Callable[[ArrayTree, ArrayTree], Array]
+    grouped: Callable[[ArrayTree, Array, Callable, Callable], Array] | None = None
 
 
 # (tokens [T, D], plan, expert, stacked parameters with leading [E]) -> [T, D] (or D' of the expert), in tokens' dtype.
