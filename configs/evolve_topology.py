@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
         }
     )
     config.loss = ConfigDict(
-        {"balance": 0.01, "z": 1e-3, "balancer": "none", "balancer_rate": 1e-3, "micro_batches": 1}
+        {"balance": 0.01, "z": 1e-3, "balancer": "none", "balancer_settings": {"rate": 1e-3}, "micro_batches": 1}
     )
     config.training = ConfigDict({"steps": 2200, "checkpoint_every": 440, "heal_steps": 80})
     config.evolution = ConfigDict(

@@ -58,6 +58,11 @@ def _entries(num_experts: int, num_choices: int, hidden: int) -> dict:
         "entropy_top_k": {"model": steered},
         "null_experts": {"model": half_null},
         "null_experts_renormalized": {"model": half_null},
+        "hash": {"loss": {"balance": 0.0}},
+        "random": {"loss": {"balance": 0.0}},
+        "forced_uniform": {"loss": {"balance": 0.0}},
+        "forced_zipf": {"loss": {"balance": 0.0}},
+        "forced_skewed": {"loss": {"balance": 0.0}},
         "dense twin": {},
     }
     for name, change in list(changes.items()):

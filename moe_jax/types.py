@@ -76,6 +76,8 @@ class Choice:
       load: `[T, E]` differentiable estimate that a token is sent to an expert, for the rules that have one.
       priority: `[T]` float32; a higher one is served earlier when capacity is short. None serves by position.
       capacity: the most tokens of any expert, if the rule itself promises one.
+      scores: `[T, E]` float32 what the selection bias is added to; None from rules that do not simply take the best of
+        scores plus bias.
       num_null: the last columns of E that are null experts. Their ids may be chosen, with gate 0, and are counted, but
         nothing is dispatched: their slots are empty in the plan.
     """
@@ -86,6 +88,7 @@ class Choice:
     load: Array | None = None
     priority: Array | None = None
     capacity: int | None = dataclasses.field(default=None, metadata={"static": True})
+    scores: Array | None = None
     num_null: int = dataclasses.field(default=0, metadata={"static": True})
 
 
@@ -142,6 +145,8 @@ class RouterStats:
       num_masked: `[]` tokens masked out.
       gate_sums: `[E]` sum of the gates before capacity: the importance of 1701.06538, eq. 6.
       load_sums: `[E]` the rule's differentiable estimate of `chosen`, or `chosen` itself if it has none.
+      bias_histogram: `[E, N]` tokens by the selection bias that the expert would have needed to be chosen, in the bins
+        of `routing.required_bias`; None unless asked for.
     """
 
     chosen: Array
@@ -155,6 +160,7 @@ class RouterStats:
     num_masked: Array
     gate_sums: Array
     load_sums: Array
+    bias_histogram: Array | None = None
 
 
 @_pytree
@@ -198,10 +204,16 @@ class Expert(NamedTuple):
     for a row of padding is discarded.
     A backend with its own VJP stores only `inner`'s output and recomputes the cheap rest, so cut behind the first
     matmul: then neither half repeats a matmul in the backward pass.
+
+    `grouped(params, rows, matmul, spread)` is the same network for all experts at once, from the stacked parameters and
+    rows `[N, D]` in expert order to `[N, D]`. It multiplies with `matmul(rows [N, D], weights [E, D, F])`, `[N, F]`;
+    what is not a matrix, say a bias, it takes by `spread(values [E, ...])`, `[N, ...]`, the value of each row's expert.
+    Backends made of grouped matmuls refuse an expert without it.
     """
 
     inner: Callable[[ArrayTree, Array], ArrayTree]
     outer: Callable[[ArrayTree, ArrayTree], Array]
+    grouped: Callable[[ArrayTree, Array, Callable, Callable], Array] | None = None
 
 
 # (tokens [T, D], plan, expert, stacked parameters with leading [E]) -> [T, D] (or D' of the expert), in tokens' dtype.

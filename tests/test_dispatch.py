@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from moe_jax.dispatch import BACKENDS, get_backend
 from moe_jax.dispatch.blocked import block_ladder, dispatch_blocked
+from moe_jax.dispatch.grouped import dispatch_grouped
 from moe_jax.ops.expert_order import expert_order, rank_in_expert
 from moe_jax.types import Expert, RoutingPlan
 from tests.dispatch_oracle import dispatch_loop
@@ -28,15 +29,25 @@ def swiglu_outer(params, hidden):
     return (jax.nn.silu(gate) * up) @ params["down"]
 
 
+def swiglu_grouped(params, rows, matmul, spread):
+    gate, up = jnp.split(matmul(rows, params["gate_up"]), 2, axis=-1)
+    return matmul(jax.nn.silu(gate) * up, params["down"])
+
+
 def biased_network(params, rows):
     return jnp.tanh(rows @ params["in"] + params["bias"][None]) @ params["out"]
 
 
-SWIGLU = Expert(swiglu_inner, swiglu_outer)
-WHOLE = Expert(biased_network, lambda params, rows: rows)
+def biased_grouped(params, rows, matmul, spread):
+    return matmul(jnp.tanh(matmul(rows, params["in"]) + spread(params["bias"])), params["out"])
+
+
+SWIGLU = Expert(swiglu_inner, swiglu_outer, swiglu_grouped)
+WHOLE = Expert(biased_network, lambda params, rows: rows, biased_grouped)
 # Short blocks, so that small cases meet several rungs of the ladder and blocks that reach into the next expert.
 SHORT_BLOCKS = functools.partial(dispatch_blocked, block_lengths=(4, 2))
-DISPATCHERS = {**BACKENDS, "blocked, short blocks": SHORT_BLOCKS}
+PADDED_BLOCKS = functools.partial(dispatch_grouped, impl="einsum")
+DISPATCHERS = {**BACKENDS, "blocked, short blocks": SHORT_BLOCKS, "grouped, einsum": PADDED_BLOCKS}
 every_backend = pytest.mark.parametrize("dispatch", DISPATCHERS.values(), ids=DISPATCHERS.keys())
 
 
@@ -158,7 +169,11 @@ def test_block_ladder():
 def test_two_tokens_by_hand(dispatch):
     # Expert e multiplies by 10^e. Token 0 (value 1): 0.5 * 10 + 0.5 * 100 = 55; token 1 (value 2): 0.25 * 2 + nothing.
     plan = make_plan([[1, 2], [0, 3]], [[0.5, 0.5], [0.25, 0.0]], 3)
-    scaling = Expert(lambda scale, rows: rows, lambda scale, rows: rows * scale)
+    scaling = Expert(
+        lambda scale, rows: rows,
+        lambda scale, rows: rows * scale,
+        lambda scale, rows, matmul, spread: rows * spread(scale)[:, None],
+    )
     run = jax.jit(lambda tokens, params: dispatch(tokens, plan, scaling, params))
     output = run(jnp.array([[1.0], [2.0]]), jnp.array([1.0, 10.0, 100.0]))
     np.testing.assert_allclose(output, [[55.0], [0.5]], rtol=1e-6)
@@ -285,6 +300,12 @@ def test_unknown_backend():
     assert get_backend("blocked") is dispatch_blocked
     with pytest.raises(ValueError, match="unknown dispatch backend 'block'; known: dense, einsum, gather, blocked"):
         get_backend("block")
+
+
+def test_grouped_refuses_an_expert_that_does_not_name_its_matmuls():
+    tokens, plan, params, _ = problem(case_top_2)
+    with pytest.raises(ValueError, match=r"'grouped' needs an expert.*types\.Expert.*'blocked', which runs any expert"):
+        dispatch_grouped(tokens, plan, Expert(swiglu_inner, swiglu_outer), params)
 
 
 def test_blocked_work_follows_the_filled_rows():

@@ -14,6 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.dispatch import BACKENDS
 from moe_jax.dispatch.expert_parallel import ExchangeCounts, ExpertParallel
+from moe_jax.nn.expert_stack import ExpertStack
+from moe_jax.nn.moe import MoELayer
+from moe_jax.nn.routers.linear import LinearRouter
 from moe_jax.routing import drop_over_capacity
 from moe_jax.types import Expert
 from tests.dispatch_oracle import dispatch_loop
@@ -327,3 +330,15 @@ def test_what_cannot_work_is_refused():
     seven = make_plan(np.zeros((16, 1)), np.ones((16, 1)), 7)
     with pytest.raises(ValueError, match="7 experts do not divide over 2 devices of axis 'expert'"):
         ExpertParallel(mesh)(tokens, seven, SWIGLU, params)
+
+
+def test_a_layer_runs_over_a_mesh_as_on_one_device():
+    def layer(backend):
+        router_key, expert_key = jax.random.split(jax.random.key(0))
+        router, experts = LinearRouter(8, 4, key=router_key), ExpertStack(4, 8, 6, key=expert_key)
+        return MoELayer(router, experts, num_choices=2, backend=backend)
+
+    x = jax.random.normal(jax.random.key(1), (2, 8, 8))
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "expert"))
+    outputs = [jax.jit(lambda one, x: one(x)[0])(layer(backend), x) for backend in ("blocked", ExpertParallel(mesh))]
+    np.testing.assert_allclose(*outputs, atol=1e-5)

@@ -251,7 +251,7 @@ def test_training_broken_off_anywhere_continues_to_the_same_bits(tmp_path):
     model = dataclasses.replace(TINY, vocab_size=256)
     optimizer = make_optimizer(OptimizerConfig(warmup_steps=3), 12)
     graphdef, initial = init_state(lambda key: Decoder(model, key=key), jax.random.key(0), optimizer)
-    step = make_train_step(graphdef, optimizer, LossConfig(balancer="sign", balancer_rate=0.01))
+    step = make_train_step(graphdef, optimizer, LossConfig(balancer="sign", balancer_settings={"rate": 0.01}))
     random_bytes = np.random.default_rng(0).integers(0, 256, (2, 3, 400), dtype=np.uint8)
     documents = [
         Document(text.tobytes(), domain, f"{domain} {i}")

@@ -144,6 +144,9 @@ def test_frozen_layers_equal_open_layers(whole):
 def test_settings_without_a_meaning_are_refused():
     with pytest.raises(ValueError, match="push each other out"):
         PopulationEvaluator(GRAPHDEF, dataclasses.replace(CONFIG, capacity_factor=1.25), GENOME, 2)
+    with pytest.raises(ValueError, match="candidates would change each other's routing"):
+        config = dataclasses.replace(CONFIG, rule="expert_choice", allow_noncausal=True)
+        PopulationEvaluator(GRAPHDEF, config, GENOME, 2)
     with pytest.raises(ValueError, match="frozen_layers=2 must leave"):
         PopulationEvaluator(GRAPHDEF, CONFIG, GENOME, 2, frozen_layers=2)
 

@@ -1,6 +1,5 @@
 """Routing around the rules: hand-worked gates, capacity, balance by bias, trace levels and borders."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,12 +10,10 @@ from moe_jax.routing import (
     RULES,
     drop_over_capacity,
     expert_capacity,
-    get_balancer,
     keep_trace,
-    move_bias_by_sign,
     route,
 )
-from moe_jax.types import RouterStats, Topology
+from moe_jax.types import Topology
 from tests.random_routing import NUM_EXPERTS, choices_of, random_logits
 
 
@@ -68,31 +65,6 @@ def test_capacity_is_never_exceeded_and_drops_nobody_needlessly(seed, capacity):
         assert (kept == e).sum() == min(capacity, (ids == e).sum())
 
 
-def test_bias_update_by_hand():
-    # loads (5, 1, 3) have mean 3: expert 0 goes down, expert 1 up, expert 2 stays; the shift's mean is 0 already.
-    zeros = jnp.zeros(())
-    stats = RouterStats(
-        jnp.array([5.0, 1.0, 3.0]), jnp.zeros(3), jnp.zeros(3), *([zeros] * 6), jnp.zeros(3), jnp.zeros(3)
-    )
-    np.testing.assert_allclose(move_bias_by_sign(jnp.zeros(3), stats, rate=0.1), [-0.1, 0.1, 0.0], atol=1e-7)
-
-
-def test_bias_update_balances_a_skewed_router():
-    rng = np.random.default_rng(0)
-    logits = jnp.asarray(rng.normal(size=(512, NUM_EXPERTS)) + np.linspace(0, 2, NUM_EXPERTS), jnp.float32)
-    bias, rule = jnp.zeros(NUM_EXPERTS), RULES["softmax_top_k_renormalized"]
-
-    @jax.jit
-    def step(bias):
-        stats = route(logits, rule, num_choices=2, bias=bias).stats
-        return move_bias_by_sign(bias, stats, rate=0.003), stats.chosen.max() / stats.chosen.mean()
-
-    _, before = step(bias)
-    for _ in range(200):
-        bias, after = step(bias)
-    assert before > 1.8 and after < 1.1
-
-
 def test_trace_levels_keep_what_they_say():
     output = route(random_logits(15), RULES["top_k_softmax"], num_choices=2)
     kept = {
@@ -108,8 +80,6 @@ def test_trace_levels_keep_what_they_say():
 
 
 def test_borders_say_what_is_wrong():
-    with pytest.raises(ValueError, match="unknown balancer 'signs'; known: none, sign"):
-        get_balancer("signs", 0.1)
     with pytest.raises(ValueError, match=r"num_choices must be in \[1, 6\]"):
         route(random_logits(0), RULES["top_k_softmax"], num_choices=7)
     with pytest.raises(ValueError, match="routes to exactly 1 expert"):

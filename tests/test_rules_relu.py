@@ -103,7 +103,7 @@ def test_all_layers_share_one_weight_and_layers_that_are_steered_alone_do_not():
     levels = {}
     for rule, settings in (("relu", {}), ("top_p", {"target": 2.0, "start": 0.6})):
         model = Decoder(dataclasses.replace(TINY, rule=rule, rule_settings=settings), key=jax.random.key(0))
-        model.update_balance(stats, get_balancer("none", 0.0))
+        model.update_balance(stats, get_balancer("none"))
         levels[rule] = np.asarray(model.stacks[1].feed_forward.level[...])
     # Together 52 choices of 24 tokens are more than 2 a token. Alone, the first layer is under 2 and the second over.
     np.testing.assert_allclose(levels["relu"], [1.2e-8, 1.2e-8], rtol=1e-6)

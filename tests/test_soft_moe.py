@@ -292,7 +292,7 @@ def test_tools_that_need_choices_refuse_it():
     tokens = jnp.zeros((2, 5), jnp.int32)
     _, routed = jax.jit(lambda model: model(tokens, trace="full"))(model)
     assert routed.plan.dispatch.shape == (2, 10, 4, 2) and routed.logits.shape == (2, 10, 4)
-    model.update_balance(routed.stats, get_balancer("sign", 0.1))
+    model.update_balance(routed.stats, get_balancer("sign", rate=0.1))
     ids = np.zeros(10, np.int32)
     with pytest.raises(ValueError, match="plan and logits"):
         trace_routing(

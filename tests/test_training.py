@@ -34,16 +34,86 @@ def batch(seed=0, size=8, length=13):
     return tokens, mask
 
 
+# Every loss at once, each heavy enough that leaving it out or scaling it wrongly would show.
+ALL_LOSSES = LossConfig(
+    balance=1.0,
+    balance_sequence=0.7,
+    balance_token=0.4,
+    importance=0.5,
+    load=0.5,
+    entropy=-0.3,
+    global_entropy=0.6,
+    z=0.1,
+    balancer="quantile",
+    balancer_settings={"rate": 0.5},
+)
+FINE = dataclasses.replace(CONFIG, layers=("moe",), stats_level="token", bias_bins=50)
+
+
+def two_steps(loss, config, place=lambda x: x):
+    """Parameters, balance state and metrics after two steps."""
+    _, state, step = setup(loss, config=config)
+    step = jax.jit(step)
+    for seed in range(2):
+        state, metrics = step(state, *map(place, batch(seed)))
+    return state.params, state.balance, metrics
+
+
+@pytest.fixture(scope="module")
+def all_losses():
+    """Two steps with every loss, the batch in one piece on one device."""
+    return two_steps(ALL_LOSSES, FINE)
+
+
+def assert_same(ours, theirs):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6), ours, theirs)
+
+
 @pytest.mark.parametrize("micro_batches", [2, 4, 8])
 def test_accumulation_equals_one_large_batch_losses_included(micro_batches):
-    """Padding is uneven over micro-batches and the balance loss weighs heavily, so a wrong mean would show."""
-    states = []
-    for parts in (1, micro_batches):
-        _, state, step = setup(LossConfig(balance=1.0, z=0.1, balancer="sign", balancer_rate=0.01, micro_batches=parts))
-        for seed in range(2):
-            state, metrics = jax.jit(step)(state, *batch(seed))
-        states.append((state.params, state.balance, metrics))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6), *states)
+    """Padding is uneven over micro-batches, so a wrong mean would show."""
+    loss = LossConfig(balance=1.0, z=0.1, balancer="sign", balancer_settings={"rate": 0.01})
+    parts = dataclasses.replace(loss, micro_batches=micro_batches)
+    assert_same(two_steps(loss, CONFIG), two_steps(parts, CONFIG))
+
+
+def test_accumulation_is_exact_for_all_losses_at_once(all_losses):
+    assert np.abs(jax.tree.leaves(all_losses[1])[0]).max() > 0  # the quantiles moved the bias
+    assert_same(all_losses, two_steps(dataclasses.replace(ALL_LOSSES, micro_batches=4), FINE))
+
+
+def test_a_batch_over_devices_gives_the_step_of_one_device(all_losses):
+    """Every loss is of the global batch: sums over devices come first, whatever the padding on each of them."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    assert_same(all_losses, two_steps(ALL_LOSSES, FINE, place=lambda x: jax.device_put(x, spread)))
+
+
+@pytest.mark.parametrize("weight", ["balance_sequence", "balance_token"])
+def test_coarse_statistics_are_refused(weight):
+    level = weight.removeprefix("balance_")
+    coarser = {"sequence": "batch", "token": "sequence"}[level]
+    _, state, step = setup(LossConfig(**{weight: 0.1}), config=dataclasses.replace(CONFIG, stats_level=coarser))
+    with pytest.raises(ValueError, match=f"loss.{weight}=0.1 needs statistics of each {level}.*stats_level='{level}'"):
+        jax.jit(step)(state, *batch())
+
+
+def test_quantile_balancing_needs_a_histogram():
+    _, state, step = setup(LossConfig(balancer="quantile"))
+    with pytest.raises(ValueError, match="build the model with bias_bins=1000"):
+        jax.jit(step)(state, *batch())
+    with pytest.raises(ValueError, match="balancer 'sign' has no setting 'speed'; it has: rate"):
+        setup(LossConfig(balancer="sign", balancer_settings={"speed": 1}))
+
+
+def test_metrics_name_every_loss_and_the_violation(all_losses):
+    _, _, metrics = all_losses
+    weights = [f.name for f in dataclasses.fields(LossConfig) if f.type in ("float", float)]
+    assert {f"{name}_loss" for name in weights} <= set(metrics)
+    load = np.asarray(metrics["load"])
+    np.testing.assert_allclose(metrics["max_violation"], load.max(1) / load.mean(1) - 1, rtol=1e-5)
+    penalties = sum(getattr(ALL_LOSSES, name) * np.asarray(metrics[f"{name}_loss"]) for name in weights)
+    np.testing.assert_allclose(metrics["loss"], metrics["cross_entropy"] + penalties.mean(), rtol=1e-5)
 
 
 def test_the_compiled_initialisation_is_the_models_own():
@@ -59,9 +129,10 @@ def test_the_compiled_initialisation_is_the_models_own():
 
 def test_step_is_the_gradient_of_the_stated_loss():
     """One step of plain gradient descent equals the loss written out from the model's output."""
-    config, tokens_mask = LossConfig(balance=0.5, z=0.1), batch(3)
+    config, tokens_mask = LossConfig(balance=0.5, balance_sequence=0.3, z=0.1), batch(3)
     rule = optax.sgd(1.0)
-    graphdef, state = init_state(lambda key: Decoder(CONFIG, key=key), jax.random.key(0), rule)
+    by_sequence = dataclasses.replace(CONFIG, stats_level="sequence")
+    graphdef, state = init_state(lambda key: Decoder(by_sequence, key=key), jax.random.key(0), rule)
     after, _ = jax.jit(make_train_step(graphdef, rule, config))(state, *tokens_mask)
 
     def stated(params):
@@ -76,6 +147,11 @@ def test_step_is_the_gradient_of_the_stated_loss():
             f = jnp.stack([(ids == e).mean() for e in range(4)])
             z = jax.nn.logsumexp(routed.logits[layer][mask[:, :-1].reshape(-1)], -1)
             loss += 0.5 * 4 * jnp.sum(f * p.mean(0)) / 2 + 0.1 * jnp.square(z).mean() / 2
+            ends = np.cumsum(tokens_mask[1][:, :-1].sum(1))
+            for p_own, ids_own in zip(jnp.split(p, ends[:-1]), jnp.split(ids, ends[:-1]), strict=True):
+                f_own = jnp.stack([(ids_own == e).mean() for e in range(4)])
+                share = len(ids_own) / len(ids)
+                loss += 0.3 * share * 4 * jnp.sum(f_own * p_own.mean(0)) / 2
         return loss
 
     expected = jax.tree.map(lambda p, g: p - g, state.params, jax.grad(stated)(state.params))
@@ -110,7 +186,7 @@ def test_a_model_without_moe_layers_trains():
 
 
 def test_bias_rule_updates_once_per_step_and_stays_out_of_the_optimizer():
-    graphdef, state, step = setup(LossConfig(balancer="sign", balancer_rate=0.01))
+    graphdef, state, step = setup(LossConfig(balancer="sign", balancer_settings={"rate": 0.01}))
     after, _ = jax.jit(step)(state, *batch(6))
     biases = np.asarray(merge_model(graphdef, after).stacks[1].feed_forward.bias[...])
     assert biases.shape == (2, 4) and np.abs(biases).max() > 0
@@ -123,7 +199,7 @@ def test_balance_update_takes_layers_in_order():
     model = Decoder(dataclasses.replace(CONFIG, layers=("moe", "dense", "moe")), key=jax.random.key(0))
     chosen, zeros = jnp.array([[4.0, 0, 2, 2], [0.0, 4, 2, 2]]), jnp.zeros(2)
     stats = RouterStats(chosen, chosen, chosen, *([zeros] * 6), chosen, chosen)
-    model.update_balance(stats, get_balancer("sign", 0.1))
+    model.update_balance(stats, get_balancer("sign", rate=0.1))
     first, second = (model.stacks[i].feed_forward.bias[...] for i in (0, 2))
     np.testing.assert_allclose(first, [[-0.1, 0.1, 0, 0]], atol=1e-7)
     np.testing.assert_allclose(second, [[0.1, -0.1, 0, 0]], atol=1e-7)

@@ -6,6 +6,7 @@ All backends give the same output and gradients for the same plan; they differ i
     einsum   one-hot tensors and matmuls only; `[T, E, C]` memory
     gather   capacity buffers by index; work grows with the capacity, or with E when there is none
     blocked  dropless and exact in work: loops over the filled blocks; the fast path on CPU
+    grouped  dropless: grouped matmuls over rows in expert order, for GPU and TPU; experts must offer `grouped`
 
 `expert_parallel.ExpertParallel` runs any of them over a mesh of devices; it needs the mesh, so it is not in the table.
 `soft.dispatch_soft` runs Soft MoE's plan, which names no experts.
@@ -19,6 +20,7 @@ from moe_jax.dispatch.blocked import dispatch_blocked
 from moe_jax.dispatch.dense import dispatch_dense
 from moe_jax.dispatch.einsum import dispatch_einsum
 from moe_jax.dispatch.gather import dispatch_gather
+from moe_jax.dispatch.grouped import dispatch_grouped
 from moe_jax.types import DispatchFn
 
 
@@ -44,4 +46,5 @@ BACKENDS: dict[str, DispatchFn] = {
     "einsum": dispatch_einsum,
     "gather": dispatch_gather,
     "blocked": dispatch_blocked,
+    "grouped": dispatch_grouped,
 }

@@ -65,6 +65,7 @@ class DecoderConfig:
         hash n-gram embeddings of 2412.09871, section 3.2.1, without the hash).
       capacity_factor: rows per expert relative to perfect balance; None drops nothing.
       stats_level: what router statistics are summed over; below "batch" they get an axis of sequences or tokens.
+      bias_bins: bins of the statistics' histogram that the balancer "quantile" reads; 1000 is usual, 0 keeps none.
       compute_dtype: dtype of activations and matmuls; parameters, router, norms' sums and read-out stay float32.
     """
 
@@ -93,6 +94,7 @@ class DecoderConfig:
     context: int = 0
     capacity_factor: float | None = None
     stats_level: StatsLevel = "batch"
+    bias_bins: int = 0
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
@@ -120,12 +122,12 @@ class DecoderConfig:
         """Whether the rule is causal, once what it cannot do is refused."""
         if not self.is_soft:
             rule = get_rule(self.rule, **self.rule_settings)
-            check_rule(rule, self.num_choices, self.total_experts, self.rule)
+            check_rule(rule, self.num_choices, self.total_experts, self.rule, bias_bins=self.bias_bins)
             return rule.is_causal
-        if self.router != "linear" or self.capacity_factor is not None:
+        if self.router != "linear" or self.capacity_factor is not None or self.bias_bins:
             raise ValueError(
-                f"rule='soft' has its own router and fixed slots: leave router={self.router!r} and "
-                f"capacity_factor={self.capacity_factor} at their defaults"
+                f"rule='soft' has its own router, fixed slots and no bias: leave router={self.router!r}, "
+                f"capacity_factor={self.capacity_factor} and bias_bins={self.bias_bins} at their defaults"
             )
         if self.shared_hidden or self.latent_width is not None or self.zero_compute:
             raise ValueError(
@@ -224,6 +226,7 @@ def _init_moe(config: DecoderConfig, router: Router, scale: float, key: Array, p
         backend=config.backend,
         capacity_factor=config.capacity_factor,
         stats_level=config.stats_level,
+        bias_bins=config.bias_bins,
     )
 
 

@@ -9,6 +9,8 @@ projection of its expert:
 As the experts of a `MoELayer` they are routed by any rule and run by any dispatch backend.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,7 +24,12 @@ def _project(weights: Array, rows: Array) -> Array:
     return rows @ weights
 
 
-PROJECTION = lift(_project)
+def _project_all(weights: Array, rows: Array, matmul: Callable, spread: Callable) -> Array:
+    del spread
+    return matmul(rows, weights)
+
+
+PROJECTION = lift(_project)._replace(grouped=_project_all)
 
 
 class AttentionExperts(nnx.Module):

@@ -21,7 +21,7 @@ from moe_jax.nn.latent import Latent
 from moe_jax.nn.routers import Router
 from moe_jax.nn.zero_compute import ZeroComputeExperts, without_zero_compute
 from moe_jax.routing import Balancer, Force, Rule, check_rule, expert_capacity, get_rule, route, rule_settings
-from moe_jax.types import Array, RouterOutput, RouterStats, RoutingPlan, Topology
+from moe_jax.types import Array, DispatchFn, RouterOutput, RouterStats, RoutingPlan, Topology
 
 StatsLevel = Literal["batch", "sequence", "token"]
 
@@ -44,9 +44,10 @@ class MoELayer(nnx.Module):
         num_choices: int,
         rule: str = "softmax_top_k_renormalized",
         rule_settings: Mapping[str, Setting] | None = None,
-        backend: str = "blocked",
+        backend: str | DispatchFn = "blocked",
         capacity_factor: float | None = None,
         stats_level: StatsLevel = "batch",
+        bias_bins: int = 0,
     ):
         """Joins the parts; every name is an entry of its table and checked here.
 
@@ -60,18 +61,20 @@ class MoELayer(nnx.Module):
           num_choices: K.
           rule: a name in `routing.RULES`.
           rule_settings: settings of the rule.
-          backend: a name in `dispatch.BACKENDS`.
+          backend: a name in `dispatch.BACKENDS`, or a hashable function such as an `ExpertParallel`.
           capacity_factor: rows per expert relative to perfect balance, or None to drop nothing.
           stats_level: what statistics are summed over; below "batch" they have a leading axis of sequences or tokens.
+          bias_bins: bins of the statistics' histogram for the balancer "quantile", or 0; see `routing.route`.
         """
         self.router, self.experts = router, experts
         self.shared, self.latent, self.zero_compute = shared, latent, zero_compute
         self.num_choices, self.capacity_factor = num_choices, capacity_factor
         self.rule, self.rule_settings = rule, tuple(sorted((rule_settings or {}).items()))
-        get_backend(backend)  # an unknown name fails here, not in the first step
-        self.backend, self.stats_level = backend, stats_level
+        if isinstance(backend, str):
+            get_backend(backend)  # an unknown name fails here, not in the first step
+        self.backend, self.stats_level, self.bias_bins = backend, stats_level, bias_bins
         num_experts = self.num_experts
-        check_rule(self.routing_rule, num_choices, num_experts, rule)
+        check_rule(self.routing_rule, num_choices, num_experts, rule, bias_bins=bias_bins)
         _check_null_experts(self.routing_rule, zero_compute, rule)
         controller = self.routing_rule.controller
         self.bias = Balance(jnp.zeros(num_experts))
@@ -143,6 +146,7 @@ class MoELayer(nnx.Module):
             forced=forced,
             force=force,
             stats_groups={"batch": None, "sequence": num_sequences, "token": num_tokens}[self.stats_level],
+            bias_bins=self.bias_bins,
         )
         assert isinstance(output.plan, RoutingPlan)  # route always makes one; only keep_trace drops it
         return self._mix(x, output.plan, token_mask), output
@@ -151,7 +155,8 @@ class MoELayer(nnx.Module):
         """Sums what routed, zero-compute and shared experts give for `[B, S, D]`."""
         dispatched = plan if self.zero_compute is None else without_zero_compute(plan, self.experts.num_experts)
         rows = x if self.latent is None else self.latent.enter(x)
-        y = self.experts.mix(rows, dispatched, get_backend(self.backend), token_mask)
+        dispatch = get_backend(self.backend) if isinstance(self.backend, str) else self.backend
+        y = self.experts.mix(rows, dispatched, dispatch, token_mask)
         if self.latent is not None:
             y = self.latent.leave(y)
         if self.zero_compute is not None:

@@ -29,6 +29,7 @@ def route(
     key: Array | None = None,
     capacity: int | None = None,
     stats_groups: int | None = None,
+    bias_bins: int = 0,
     forced: RoutingPlan | None = None,
     force: Force = "exact",
 ) -> RouterOutput:
@@ -50,6 +51,8 @@ def route(
       capacity: C, static; None drops nothing that the rule itself does not drop.
       stats_groups: None sums statistics over all tokens; n, static, over each of n equal runs of tokens (B for
         sequences, T for tokens), which then have a leading `[n]`.
+      bias_bins: N, static; bins of the statistics' histogram of required biases, which the balancer "quantile" reads. 0
+        for none; 1000 is usual. A forced plan has none.
       forced: a plan that decides instead of the rule; capacity drops nothing of it.
       force: what of the plan holds: "exact" its experts and gates, "ids" its experts alone, whose gates are recomputed.
 
@@ -58,7 +61,8 @@ def route(
 
     Raises:
       ValueError: a K that E or the rule does not allow, a capacity below 1, a mask, ids or topology of another shape, a
-        topology whose groups are not told apart, or a rule without the token ids that it needs.
+        topology whose groups are not told apart, a rule without the token ids that it needs, or a histogram of a rule
+        that does not report its selection scores.
     """
     num_tokens, num_experts = logits.shape
     check_choices(rule, num_choices, num_experts)
@@ -102,12 +106,25 @@ def route(
     asked = None
     if rule.fixed_count and forced is None:
         asked = jnp.full(num_tokens, num_choices) if limit is None else jnp.minimum(limit, num_choices)
-    stats = router_stats(inputs, choice, kept_ids, asked=asked, token_mask=token_mask, num_groups=stats_groups)
+    if bias_bins and forced is None and (choice.scores is None or asked is None):
+        raise ValueError(
+            f"bias_bins={bias_bins} needs a rule that takes the K best of scores plus bias and reports these scores, "
+            "which this one does not; use bias_bins=0 and another balancer than quantile"
+        )
+    stats = router_stats(
+        inputs,
+        choice,
+        kept_ids,
+        asked=asked,
+        token_mask=token_mask,
+        num_groups=stats_groups,
+        bias_bins=0 if forced is not None else bias_bins,
+    )
     most = min((c for c in (capacity, choice.capacity) if c is not None), default=None)
     return RouterOutput(RoutingPlan(kept_ids, gates, num_experts, most), logits, stats)
 
 
-def check_rule(rule: Rule, num_choices: int, num_experts: int, name: str = "this rule") -> None:
+def check_rule(rule: Rule, num_choices: int, num_experts: int, name: str = "this rule", *, bias_bins: int = 0) -> None:
     """Refuses when a model is built what would otherwise fail in its first step; traces a few tokens, runs nothing.
 
     Args:
@@ -115,14 +132,16 @@ def check_rule(rule: Rule, num_choices: int, num_experts: int, name: str = "this
       num_choices: K.
       num_experts: E.
       name: the rule's name, for messages.
+      bias_bins: as in `route`.
 
     Raises:
-      ValueError: a K that E or the rule does not allow, or settings that do not go with K and E.
+      ValueError: a K that E or the rule does not allow, settings that do not go with K and E, or bins that the rule
+        cannot fill.
     """
     check_choices(rule, num_choices, num_experts, name)
 
     def route_and_steer(logits: Array, token_ids: Array) -> None:
-        stats = route(logits, rule, num_choices=num_choices, token_ids=token_ids).stats
+        stats = route(logits, rule, num_choices=num_choices, token_ids=token_ids, bias_bins=bias_bins).stats
         if rule.controller is not None:
             rule.controller.update(jnp.float32(0), jnp.float32(0), stats, num_choices)
 

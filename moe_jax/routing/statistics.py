@@ -1,10 +1,12 @@
 """Sum-form statistics of one routing decision; see `types.RouterStats` for the fields."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from moe_jax.routing.required_bias import count_bins, required_bias_bins
 from moe_jax.routing.scores import CLOSED
 from moe_jax.types import Array, Choice, RouterStats, RoutingInputs
 
@@ -23,6 +25,7 @@ def router_stats(
     asked: Array | None,
     token_mask: Array | None,
     num_groups: int | None = None,
+    bias_bins: int = 0,
 ) -> RouterStats:
     """Sums over the unmasked tokens.
 
@@ -33,12 +36,17 @@ def router_stats(
       asked: `[T]` choices that each token should have got, for rules of fixed K; None if nothing was promised.
       token_mask: `[T]` bool, false for masked tokens; None means none is masked.
       num_groups: None sums over all tokens; n gives sums over each of n equal runs of tokens, with a leading `[n]`.
+      bias_bins: bins of the histogram of required biases, for rules of fixed K that report their scores; 0 for none.
     """
     is_token = jnp.ones(inputs.logits.shape[:1], bool) if token_mask is None else token_mask
     open_logits = inputs.logits if inputs.is_open is None else jnp.where(inputs.is_open, inputs.logits, CLOSED)
     has_choice = is_token if inputs.is_open is None else is_token & inputs.is_open.any(-1)
     log_normalizer = jnp.where(has_choice, jax.nn.logsumexp(open_logits, axis=-1), 0.0)
     p = choice.probabilities
+    bins = None
+    if bias_bins:
+        assert choice.scores is not None and asked is not None  # `route` refuses other rules
+        bins = required_bias_bins(choice.scores, inputs, asked, bias_bins)
     per_token = _PerToken(
         is_token=is_token,
         chosen_ids=choice.expert_ids,
@@ -49,11 +57,13 @@ def router_stats(
         log_normalizer=log_normalizer,
         asked=None if asked is None else asked * is_token,
         load=choice.load,
+        bins=bins,
     )
+    sum_tokens = partial(_sum_tokens, num_null=choice.num_null, bias_bins=bias_bins)
     if num_groups is None:
-        return _sum_tokens(per_token, choice.num_null)
+        return sum_tokens(per_token)
     groups = jax.tree.map(lambda x: x.reshape(num_groups, -1, *x.shape[1:]), per_token)
-    return jax.vmap(lambda group: _sum_tokens(group, choice.num_null))(groups)
+    return jax.vmap(sum_tokens)(groups)
 
 
 class _PerToken(NamedTuple):
@@ -68,9 +78,10 @@ class _PerToken(NamedTuple):
     log_normalizer: Array
     asked: Array | None
     load: Array | None
+    bins: Array | None
 
 
-def _sum_tokens(tokens: _PerToken, num_null: int) -> RouterStats:
+def _sum_tokens(tokens: _PerToken, num_null: int, bias_bins: int) -> RouterStats:
     num_experts = tokens.probabilities.shape[-1]
     is_chosen = tokens.chosen_ids[:, :, None] == jnp.arange(num_experts)[None, None, :]
     chosen = is_chosen.sum((0, 1), dtype=jnp.float32)
@@ -92,4 +103,5 @@ def _sum_tokens(tokens: _PerToken, num_null: int) -> RouterStats:
         num_masked=tokens.is_token.shape[0] - num_tokens,
         gate_sums=jnp.where(is_chosen, tokens.gates[:, :, None], 0.0).sum((0, 1)),
         load_sums=chosen if tokens.load is None else tokens.load.sum(0),
+        bias_histogram=None if tokens.bins is None else count_bins(tokens.bins, bias_bins),
     )

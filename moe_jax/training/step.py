@@ -4,18 +4,34 @@ Gradient accumulation is exact, router losses included. They are functions of su
 micro-batches through them. A forward pass over all micro-batches finds the sums first, and the slope of the losses at
 these sums; with the slope fixed, each micro-batch adds its own sums times the slope, and the gradients add up to that
 of the whole batch. (Averaging the balance losses of micro-batches, as is common, optimises a different and stricter
-loss; see 2501.11873.) One micro-batch needs no extra pass.
+loss; see 2501.11873.) One micro-batch needs no extra pass. Losses of sequences and tokens do not couple micro-batches
+except by the number of tokens that their mean divides by; they are sums of another kind and treated alike.
+
+Sums over devices come before the formulas too: under `jax.jit` with a sharded batch the step is that of one device.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.core import FrozenDict
 
-from moe_jax.losses import cross_entropy, load_balancing_loss, load_fractions, router_z_loss
+from moe_jax.analysis import max_violation
+from moe_jax.losses import (
+    cross_entropy,
+    global_entropy_loss,
+    importance_loss,
+    load_balancing_loss,
+    load_fractions,
+    load_loss,
+    router_entropy_loss,
+    router_z_loss,
+    sum_over_groups,
+)
 from moe_jax.nn.moe import Balance
 from moe_jax.routing import get_balancer
 from moe_jax.types import Array, ArrayTree, RouterStats, Topology
@@ -23,21 +39,58 @@ from moe_jax.types import Array, ArrayTree, RouterStats, Topology
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """What is minimised beside the cross-entropy.
+    """What is minimised beside the cross-entropy: any of these at once, each by its weight, averaged over layers.
 
     Attributes:
-      balance: weight of the load-balancing loss, averaged over layers.
-      z: weight of the router z-loss, averaged over layers.
+      balance: weight of the load-balancing loss of the whole batch, over all micro-batches and devices.
+      balance_sequence: weight of the load-balancing loss of each sequence, averaged over tokens; needs a model with
+        `stats_level` "sequence" or "token".
+      balance_token: weight of the load-balancing loss of each token; needs `stats_level` "token".
+      importance: weight of the CV^2 of the experts' summed gates.
+      load: weight of the CV^2 of the experts' estimated loads; without effect under rules that only count them.
+      entropy: weight of the mean entropy of a token's probabilities: positive makes the router decided, negative keeps
+        it undecided.
+      global_entropy: weight of ln E less the entropy of the mean probabilities.
+      z: weight of the router z-loss.
       balancer: what moves the selection bias after each optimizer step, a name in `routing.BALANCERS`.
-      balancer_rate: its step size.
+      balancer_settings: its settings, such as `{"rate": 0.01}`.
       micro_batches: parts a batch is cut into; the result does not depend on it, memory does.
     """
 
     balance: float = 0.01
+    balance_sequence: float = 0.0
+    balance_token: float = 0.0
+    importance: float = 0.0
+    load: float = 0.0
+    entropy: float = 0.0
+    global_entropy: float = 0.0
     z: float = 1e-3
     balancer: str = "none"
-    balancer_rate: float = 1e-3
+    balancer_settings: Mapping[str, int | float] = FrozenDict()
     micro_batches: int = 1
+
+
+# weight in `LossConfig` -> loss of the sums over a batch
+BATCH_LOSSES: dict[str, Callable[[RouterStats], Array]] = {
+    "balance": load_balancing_loss,
+    "importance": importance_loss,
+    "load": load_loss,
+    "entropy": router_entropy_loss,
+    "global_entropy": global_entropy_loss,
+    "z": router_z_loss,
+}
+
+
+class RouterSums(NamedTuple):
+    """What the router losses of a batch are made of; all of it adds over micro-batches.
+
+    Attributes:
+      stats: sums over tokens, with a leading `[L]`.
+      of_groups: tokens times loss, summed over sequences or tokens, `[L]`, by the weight's name.
+    """
+
+    stats: RouterStats
+    of_groups: dict[str, Array]
 
 
 @jax.tree_util.register_dataclass
@@ -97,61 +150,70 @@ def make_train_step(
     Returns:
       A function of the state, `tokens [B, S+1]` int32, `mask [B, S+1]` bool and the topology to train under (`keep
       [L, 1, E]`; None for everything open). Metrics: scalars `loss`,
-      `cross_entropy` (nats per token), `grad_norm`, and per MoE layer `balance_loss [L]`, `z_loss [L]`, `load [L, E]`
-      (assignment shares) and `dropped [L]` (share of the choices lost to full experts).
+      `cross_entropy` (nats per token), `grad_norm`, and per MoE layer `load [L, E]` (assignment shares),
+      `max_violation [L]` (2408.15664: the busiest expert's load over the mean load, less 1), `dropped [L]` (share of
+      the choices lost to full experts) and each router loss without its weight, `balance_loss [L]`, `z_loss [L]` and so
+      on; those of sequences and tokens only if they have a weight.
 
     Raises:
-      ValueError: an unknown balancer.
+      ValueError: an unknown balancer or setting; when first called, a weight or balancer for which the model's
+        statistics are too coarse.
     """
-    balancer = get_balancer(config.balancer, config.balancer_rate)
+    balancer = get_balancer(config.balancer, **config.balancer_settings)
 
     def train_step(
         state: TrainState, tokens: Array, mask: Array, topology: Topology | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
         def forward(
             params: nnx.State, tokens: Array, mask: Array, key: Array | None
-        ) -> tuple[Array, RouterStats | None]:
+        ) -> tuple[Array, RouterSums | None]:
             model = nnx.merge(graphdef, params, state.balance)
             logits, routed = model(tokens[:, :-1], mask[:, :-1], topology, key=key)
-            return jnp.sum(cross_entropy(logits, tokens[:, 1:]) * _is_target(mask)), routed.stats
+            nll = jnp.sum(cross_entropy(logits, tokens[:, 1:]) * _is_target(mask))
+            if routed.stats is None:
+                return nll, None
+            num_sequences, length, _ = logits.shape
+            return nll, _router_sums(routed.stats, num_sequences, length, config)
 
-        def router_loss(stats: RouterStats | None) -> Array:
-            if stats is None:  # a model without MoE layers has nothing to balance
+        def router_loss(sums: RouterSums | None) -> Array:
+            if sums is None:  # a model without MoE layers has nothing to balance
                 return jnp.float32(0)
-            loss = config.balance * load_balancing_loss(stats) + config.z * router_z_loss(stats)
-            return jnp.mean(loss + nnx.merge(graphdef, state.params, state.balance).router_penalty(stats))
+            losses = _router_losses(sums)
+            loss = sum(weight * losses[name] for name in losses if (weight := getattr(config, name)))
+            return jnp.mean(loss + nnx.merge(graphdef, state.params, state.balance).router_penalty(sums.stats))
 
         targets = jnp.maximum(_is_target(mask).sum(dtype=jnp.float32), 1.0)
         step_key = None if key is None else jax.random.fold_in(key, state.step)
         if config.micro_batches == 1:
 
-            def objective(params: nnx.State) -> tuple[Array, tuple[Array, RouterStats | None]]:
-                nll, stats = forward(params, tokens, mask, step_key)
-                return nll / targets + router_loss(stats), (nll, stats)
+            def objective(params: nnx.State) -> tuple[Array, tuple[Array, RouterSums | None]]:
+                nll, sums = forward(params, tokens, mask, step_key)
+                return nll / targets + router_loss(sums), (nll, sums)
 
-            grads, (nll, stats) = jax.grad(objective, has_aux=True)(state.params)
+            grads, (nll, sums) = jax.grad(objective, has_aux=True)(state.params)
         else:
             keys = None if step_key is None else jax.random.split(step_key, config.micro_batches)
             parts = (*(_micro_batches(x, config.micro_batches) for x in (tokens, mask)), keys)
             slope = jax.grad(router_loss)(_sum_over(lambda *part: forward(state.params, *part)[1], parts))
 
-            def share(params: nnx.State, *part: Array) -> tuple[Array, tuple[Array, RouterStats | None]]:
-                nll, stats = forward(params, *part)
-                return nll / targets + optax.tree.vdot(slope, stats), (nll, stats)
+            def share(params: nnx.State, *part: Array) -> tuple[Array, tuple[Array, RouterSums | None]]:
+                nll, sums = forward(params, *part)
+                return nll / targets + optax.tree.vdot(slope, sums), (nll, sums)
 
-            grads, (nll, stats) = _sum_over(lambda *part: jax.grad(share, has_aux=True)(state.params, *part), parts)
+            grads, (nll, sums) = _sum_over(lambda *part: jax.grad(share, has_aux=True)(state.params, *part), parts)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {
-            "loss": nll / targets + router_loss(stats),
+            "loss": nll / targets + router_loss(sums),
             "cross_entropy": nll / targets,
             "grad_norm": optax.tree.norm(grads),
         }
         balance = state.balance
-        if stats is not None:
+        if sums is not None:
+            stats = sums.stats
+            metrics |= {f"{name}_loss": loss for name, loss in _router_losses(sums).items()}
             metrics |= {
-                "balance_loss": load_balancing_loss(stats),
-                "z_loss": router_z_loss(stats),
                 "load": load_fractions(stats),
+                "max_violation": max_violation(stats.chosen),
                 "dropped": stats.dropped_capacity / jnp.maximum(stats.chosen.sum(-1), 1.0),
             }
             model = nnx.merge(graphdef, state.params, state.balance)
@@ -160,6 +222,40 @@ def make_train_step(
         return TrainState(optax.apply_updates(state.params, updates), balance, opt_state, state.step + 1), metrics
 
     return train_step
+
+
+def _router_sums(stats: RouterStats, num_sequences: int, length: int, config: LossConfig) -> RouterSums:
+    """Sums over a batch of `num_sequences` times `length` tokens, and over its groups for the losses with a weight.
+
+    Raises:
+      ValueError: statistics too coarse for a weight.
+    """
+    if stats.num_tokens.ndim == 1:
+        stats = jax.tree.map(lambda x: x[:, None], stats)  # (L, ...) -> (L, 1, ...): the batch is the only group
+    num_layers, num_groups = stats.num_tokens.shape
+    of_groups = {}
+    for name, level, groups in (
+        ("balance_sequence", "sequence", num_sequences),
+        ("balance_token", "token", num_sequences * length),
+    ):
+        if not getattr(config, name):
+            continue
+        if num_groups % groups:
+            raise ValueError(
+                f"loss.{name}={getattr(config, name)} needs statistics of each {level}, and the model sums over more; "
+                f"build it with stats_level={level!r}"
+            )
+        # (L, N, ...) -> (L, groups, N / groups, ...)
+        part = jax.tree.map(lambda x, n=groups: x.reshape(num_layers, n, -1, *x.shape[2:]).sum(2), stats)
+        of_groups[name] = sum_over_groups(load_balancing_loss(part), part)
+    return RouterSums(jax.tree.map(lambda x: x.sum(1), stats), of_groups)
+
+
+def _router_losses(sums: RouterSums) -> dict[str, Array]:
+    """Every router loss `[L]` without its weight, by the weight's name."""
+    tokens = jnp.maximum(sums.stats.num_tokens, 1.0)
+    losses = {name: loss(sums.stats) for name, loss in BATCH_LOSSES.items()}
+    return losses | {name: total / tokens for name, total in sums.of_groups.items()}
 
 
 def _is_target(mask: Array) -> Array:

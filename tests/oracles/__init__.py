@@ -6,7 +6,9 @@ it, as `moe_jax.routing.route` does.
 """
 
 from tests.oracles import (
+    assignment,
     batch_prioritised,
+    expert_choice,
     group_limited,
     gshard,
     noisy,
@@ -16,6 +18,7 @@ from tests.oracles import (
     threshold,
     top_k,
     uncertainty,
+    unlearned,
 )
 from tests.oracles.case import Case, route_loop
 
@@ -42,4 +45,12 @@ ORACLES = {
     "gshard_top_2": gshard.gshard_top_2,
     "noisy_top_k": noisy.noisy_top_k,
     "sparse_mixer": sparse_mixer.sparse_mixer,
+    "expert_choice": expert_choice.expert_choice,
+    "base": assignment.base,
+    "sinkhorn": assignment.sinkhorn,
+    "hash": unlearned.hash_token_ids,
+    "random": unlearned.random_experts,
+    "forced_uniform": unlearned.forced_uniform,
+    "forced_zipf": unlearned.forced_zipf,
+    "forced_skewed": unlearned.forced_skewed,
 }

@@ -7,6 +7,7 @@ mixture-of-experts layer adds x once more. So one layer is the simpler kind itse
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,8 @@ def deepen(layer: ExpertKind, num_layers: int) -> ExpertKind:
     if num_layers < 1:
         raise ValueError(f"num_layers must be at least 1, got {num_layers}")
     first, rest = functools.partial(_first_matmul, layer.expert), functools.partial(_all_the_rest, layer.expert)
-    return ExpertKind(Expert(first, rest), functools.partial(_draw, layer, num_layers))
+    grouped = None if layer.expert.grouped is None else functools.partial(_of_all_experts, layer.expert.grouped)
+    return ExpertKind(Expert(first, rest, grouped), functools.partial(_draw, layer, num_layers))
 
 
 def _first_matmul(layer: Expert, params: Params, rows: Array) -> tuple[Array, Array]:
@@ -52,6 +54,15 @@ def _all_the_rest(layer: Expert, params: Params, kept: tuple[Array, Array]) -> A
     for n in range(1, len(jax.tree.leaves(params)[0])):
         one = _layer_of(params, n)
         added += layer.outer(one, layer.inner(one, rows + added))
+    return added
+
+
+def _of_all_experts(layer: Callable, params: Params, rows: Array, matmul: Callable, spread: Callable) -> Array:
+    """All layers for rows of all experts at once; see `types.Expert`."""
+    added = jnp.zeros_like(rows)
+    for n in range(jax.tree.leaves(params)[0].shape[1]):
+        one = {name: value[:, n] for name, value in params.items()}  # [E, N, ...] -> [E, ...]
+        added += layer(one, rows + added, matmul, spread)
     return added
 
 

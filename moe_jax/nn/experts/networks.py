@@ -52,7 +52,9 @@ def gpt_oss(*, alpha: float = 1.702, limit: float = 7.0) -> ExpertKind:
 
 
 def _network(activate: Callable[[Array], Array]) -> Expert:
-    return Expert(_into_hidden, functools.partial(_out_of_hidden, activate))
+    return Expert(
+        _into_hidden, functools.partial(_out_of_hidden, activate), functools.partial(_of_all_experts, activate)
+    )
 
 
 def _into_hidden(params: dict[str, Array], rows: Array) -> Array:
@@ -63,6 +65,16 @@ def _into_hidden(params: dict[str, Array], rows: Array) -> Array:
 def _out_of_hidden(activate: Callable[[Array], Array], params: dict[str, Array], hidden: Array) -> Array:
     rows = activate(hidden) @ params["w_out"]
     return rows + params["b_out"][None] if "b_out" in params else rows
+
+
+def _of_all_experts(
+    activate: Callable[[Array], Array], params: dict[str, Array], rows: Array, matmul: Callable, spread: Callable
+) -> Array:
+    """The network for rows of all experts at once; see `types.Expert`."""
+    hidden = matmul(rows, params["w_in"])
+    hidden = hidden + spread(params["b_in"]) if "b_in" in params else hidden
+    rows = matmul(activate(hidden), params["w_out"])
+    return rows + spread(params["b_out"]) if "b_out" in params else rows
 
 
 def _gate(activate: Callable[[Array], Array], hidden: Array) -> Array:

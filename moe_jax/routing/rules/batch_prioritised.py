@@ -10,6 +10,8 @@ Without a capacity the rule is `softmax_top_k` and as causal. With one, each tok
 later ones and other sequences included, whatever K: a model that is to generate text should not be trained so.
 """
 
+import dataclasses
+
 from moe_jax.routing.rules.top_k import top_k
 from moe_jax.types import Choice, RoutingInputs
 
@@ -29,4 +31,4 @@ def batch_prioritised_top_k(inputs: RoutingInputs, num_choices: int, *, priority
         raise ValueError(f"unknown priority {priority!r}; known: max, sum")
     choice = top_k(inputs, num_choices)
     gates = choice.gates.max(-1) if priority == "max" else choice.gates.sum(-1)
-    return Choice(choice.expert_ids, choice.gates, choice.probabilities, priority=gates)
+    return dataclasses.replace(choice, priority=gates)

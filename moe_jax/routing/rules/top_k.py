@@ -37,7 +37,7 @@ def top_k(
     ids = select_top_k(biased(scores, inputs), num_choices, inputs.is_open, inputs.limit)
     gates = gather_chosen(scores, ids)
     gates = scale * (normalize(gates) if renormalize else gates)
-    return Choice(ids, gates, scores if score_function == "softmax" else normalize(scores))
+    return Choice(ids, gates, scores if score_function == "softmax" else normalize(scores), scores=scores)
 
 
 def top_k_softmax(inputs: RoutingInputs, num_choices: int) -> Choice:
@@ -48,4 +48,4 @@ def top_k_softmax(inputs: RoutingInputs, num_choices: int) -> Choice:
     probabilities = score("softmax", inputs.logits, inputs.is_open)
     selection = inputs.logits if inputs.bias is None else biased(probabilities, inputs)
     ids = select_top_k(selection, num_choices, inputs.is_open, inputs.limit)
-    return Choice(ids, softmax_of_chosen(inputs.logits, ids), probabilities)
+    return Choice(ids, softmax_of_chosen(inputs.logits, ids), probabilities, scores=probabilities)
