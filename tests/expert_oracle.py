@@ -59,11 +59,11 @@ def deep_swiglu(params, x):
 # (kind, settings) of `nn.experts.EXPERTS`, and the network of one row.
 NETWORKS = {
     ("swiglu", ()): two_matrices(gate_by(silu)),
-    ("swiglu", (("bias", True),)): two_matrices(gate_by(silu)),
+    ("swiglu", (("use_bias", True),)): two_matrices(gate_by(silu)),
     ("geglu", ()): two_matrices(gate_by(gelu)),
     ("geglu", (("activation", "gelu_tanh"),)): two_matrices(gate_by(gelu_tanh)),
     ("mlp", ()): two_matrices(gelu),
-    ("mlp", (("activation", "relu"), ("bias", True))): two_matrices(relu),
+    ("mlp", (("activation", "relu"), ("use_bias", True))): two_matrices(relu),
     ("relu2", ()): two_matrices(lambda hidden: relu(hidden) ** 2),
     ("gpt_oss", ()): two_matrices(gpt_oss_gate),
     ("deep", (("num_layers", 3),)): deep_swiglu,

@@ -58,7 +58,7 @@ def test_layers_by_hand():
 JOINED = dataclasses.replace(
     TINY,
     expert="mlp",
-    expert_settings={"bias": True},
+    expert_settings={"use_bias": True},
     shared_hidden=5,
     shared_gate=True,
     latent_width=8,

@@ -204,7 +204,7 @@ def test_smaller_experts_start_with_larger_weights():
 
 
 def test_one_deep_layer_is_the_layer(rng):
-    base, one = gated(bias=True), deepen(gated(bias=True), 1)
+    base, one = gated(use_bias=True), deepen(gated(use_bias=True), 1)
     drawn = one.draw(jax.random.key(0), E, D, F, 0.5)
     assert {name: value.shape for name, value in drawn.items()} == {
         "w_in": (E, 1, D, 2 * F),
@@ -239,7 +239,7 @@ def halve(params, rows):
     ("arguments", "message"),
     [
         ({"kind": "relu"}, "unknown expert kind 'relu'; known: swiglu, geglu, mlp, relu2, gpt_oss, deep"),
-        ({"settings": {"beta": 1}}, "'swiglu' has no setting 'beta'; it has: activation, bias"),
+        ({"settings": {"beta": 1}}, "'swiglu' has no setting 'beta'; it has: activation, use_bias"),
         ({"kind": "mlp", "settings": {"activation": "tanh"}}, "unknown activation 'tanh'; known: relu, relu2, gelu"),
         ({"kind": "deep", "settings": {"num_layers": 0}}, "num_layers must be at least 1, got 0"),
         ({"hidden_sizes": (1, 2)}, r"hidden_sizes=\(1, 2\) must be one width in \[1, 3\] for each of 4 experts"),

@@ -202,7 +202,7 @@ def draw_scaled_tanh(key, num_experts, width, hidden, output_scale):
 
 OPTIONS = {
     "soft": {"expert": "gpt_oss", "rule": "soft", "allow_noncausal": True},
-    "mlp": {"expert": "mlp", "expert_settings": {"activation": "relu", "bias": True}},
+    "mlp": {"expert": "mlp", "expert_settings": {"activation": "relu", "use_bias": True}},
     "gpt_oss": {"expert": "gpt_oss"},
     "deep": {"expert": "deep", "expert_settings": {"num_layers": 3}},
     "one's own": {"expert": "scaled_tanh"},
@@ -261,7 +261,7 @@ def test_parts_leave_the_other_draws_alone():
     ("changes", "message"),
     [
         ({"expert": "swish"}, "unknown expert kind 'swish'"),
-        ({"expert_settings": {"bias": True, "clamp": 7}}, "'swiglu' has no setting 'clamp'"),
+        ({"expert_settings": {"use_bias": True, "clamp": 7}}, "'swiglu' has no setting 'clamp'"),
         ({"shared_gate": True}, "shared_gate=True has nothing to gate: give shared_hidden"),
         ({"num_choices": 6, "zero_compute": ("zero",)}, r"num_choices must be in \[1, 5\] for 5 experts, got 6"),
         ({"rule": "soft", "shared_hidden": 5, "allow_noncausal": True}, "rule='soft' goes without shared, latent and"),

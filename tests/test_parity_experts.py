@@ -72,7 +72,7 @@ def test_gpt_oss_experts():
     )
     block = drawn(GptOssMLP(config), scale=1.5)
     layer = MoELayer(
-        LinearRouter(D, E, bias=True, key=KEY),
+        LinearRouter(D, E, use_bias=True, key=KEY),
         ExpertStack(E, D, F, kind="gpt_oss", key=KEY),
         num_choices=K,
         rule="top_k_softmax",

@@ -45,7 +45,7 @@ class DecoderConfig:
       num_experts: E of every MoE layer.
       expert_hidden: F, the hidden width of one expert.
       expert: the kind of network of experts, shared experts and dense layers, a name in `nn.experts.EXPERTS`.
-      expert_settings: settings of the kind, such as `{"bias": True}`.
+      expert_settings: settings of the kind, such as `{"use_bias": True}`.
       expert_hidden_sizes: hidden width of each of the E experts, at most `expert_hidden`; empty for all alike.
       shared_hidden: hidden width of the shared experts together, which every token passes; 0 for none.
       shared_gate: whether their output is gated.

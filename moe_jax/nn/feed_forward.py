@@ -13,8 +13,8 @@ from moe_jax.types import Array
 class FeedForward(nnx.Module):
     """One expert that everybody uses, with an optional gate: `sigmoid(x w) * expert(x)`.
 
-    N shared experts (DeepSeekMoE 2401.06066) whose outputs are added are one network with N times the hidden width.
-    The gate is that of Qwen2-MoE (2407.10671).
+    N shared experts of two matrices (DeepSeekMoE 2401.06066), whose outputs are added, are one with N times the hidden
+    width. The gate is that of Qwen2-MoE (2407.10671).
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Latent experts (LatentMoE 2601.18089): tokens are projected down before dispatch, and outputs up after it.
 
-    y = U sum_e g_e(x) f_e(D x)        D x of width d < D; the router sees x itself
+    y = (sum_e g_e(x) f_e(x A)) B        x A of width d < D; the router sees x itself
 
 What travels to experts, and each expert's matrices, shrink by d / D, which can buy more experts or choices.
 """
@@ -12,7 +12,7 @@ from moe_jax.types import Array
 
 
 class Latent(nnx.Module):
-    """The two projections, shared by all experts: `down [D, d]`, `up [d, D]`."""
+    """The two projections, shared by all experts: A is `down [D, d]`, B is `up [d, D]`."""
 
     def __init__(self, width: int, latent_width: int, *, output_scale: float = 1.0, key: Array):
         """Draws normal weights scaled by the inverse root of their fan-in.

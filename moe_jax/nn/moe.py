@@ -1,8 +1,8 @@
 """The mixture-of-experts layer: a router, a rule, a dispatch backend, a stack of experts, and what may join them.
 
-    y = U sum_e g_e(x) f_e(D x) + sum_z g_z(x) c_z(x) + s(x)
+    y = (sum_e g_e(x) f_e(x A)) B + sum_z g_z(x) c_z(x) + s(x)
 
-with f_e the experts, D and U the projections of latent experts (absent: identity), c_z zero-compute experts, which the
+with f_e the experts, A and B the projections of latent experts (absent: identity), c_z zero-compute experts, which the
 router scores beside the others, and s the shared experts, which take every token.
 """
 
@@ -52,8 +52,8 @@ class MoELayer(nnx.Module):
         """Joins the parts; every name is an entry of its table and checked here.
 
         Args:
-          router: gives `[B, S, E]` logits; E counts zero-compute experts too, here and in plans and
-            statistics. See `nn.routers`.
+          router: gives `[B, S, E]` logits; see `nn.routers`. E counts zero-compute experts too, here and in plans and
+            statistics.
           experts: the stacked experts, of width d if they are latent.
           shared: what every token passes besides; masked tokens get zeros from it too.
           latent: projects tokens before and outputs after the dispatch.

@@ -37,7 +37,7 @@ def get_expert_kind(name: str, **settings: Any) -> ExpertKind:
 
     Args:
       name: a key of `EXPERTS`.
-      settings: values for the kind's own settings, such as `bias=True`; hashable.
+      settings: values for the kind's own settings, such as `use_bias=True`; hashable.
 
     Raises:
       ValueError: an unknown name or setting, or a value that the kind refuses; the message lists what is known.

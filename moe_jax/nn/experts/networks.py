@@ -19,24 +19,26 @@ from moe_jax.nn.experts.kind import ExpertKind
 from moe_jax.types import Array, Expert
 
 
-def mlp(*, activation: str = "gelu", bias: bool = False) -> ExpertKind:
+def mlp(*, activation: str = "gelu", use_bias: bool = False) -> ExpertKind:
     """Two matrices with an activation between.
 
     Args:
       activation: a key of `ACTIVATIONS`.
-      bias: whether both matrices have one; it starts at zero.
+      use_bias: whether both matrices have one; it starts at zero.
     """
-    return ExpertKind(_network(_activation(activation)), functools.partial(_draw, 1, bias))
+    return ExpertKind(_network(_activation(activation)), functools.partial(_draw, 1, use_bias))
 
 
-def gated(*, activation: str = "silu", bias: bool = False) -> ExpertKind:
+def gated(*, activation: str = "silu", use_bias: bool = False) -> ExpertKind:
     """The activation of one projection gates another: SwiGLU with silu, GeGLU with gelu.
 
     Args:
       activation: a key of `ACTIVATIONS`.
-      bias: whether the matrices have one; it starts at zero.
+      use_bias: whether the matrices have one; it starts at zero.
     """
-    return ExpertKind(_network(functools.partial(_gate, _activation(activation))), functools.partial(_draw, 2, bias))
+    return ExpertKind(
+        _network(functools.partial(_gate, _activation(activation))), functools.partial(_draw, 2, use_bias)
+    )
 
 
 def gpt_oss(*, alpha: float = 1.702, limit: float = 7.0) -> ExpertKind:
@@ -87,7 +89,7 @@ def _clamped_gate(alpha: float, limit: float, hidden: Array) -> Array:
 
 
 def _draw(
-    num_halves: int, bias: bool, key: Array, num_experts: int, width: int, hidden: int, output_scale: float
+    num_halves: int, use_bias: bool, key: Array, num_experts: int, width: int, hidden: int, output_scale: float
 ) -> dict[str, Array]:
     """Normal weights scaled by the inverse root of their fan-in; biases of zero."""
     in_key, out_key = jax.random.split(key)
@@ -96,7 +98,7 @@ def _draw(
         "w_in": jax.random.normal(in_key, (num_experts, width, num_units)) * width**-0.5,
         "w_out": jax.random.normal(out_key, (num_experts, hidden, width)) * output_scale * hidden**-0.5,
     }
-    if bias:
+    if use_bias:
         params |= {"b_in": jnp.zeros((num_experts, num_units)), "b_out": jnp.zeros((num_experts, width))}
     return params
 
