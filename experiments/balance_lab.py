@@ -1,6 +1,6 @@
 """The balance-controller laboratory: one synthetic stream of drifting logits through every balance rule.
 
-    python -m experiments.balance_lab                                              # about a minute on 2 cores
+    python -m experiments.balance_lab                                              # 1 to 1.5 minutes on 2 cores
     python -m experiments.balance_lab --quick                                      # seconds: shows that it runs
     python -m experiments.balance_lab --out experiments/results/balance_lab.json   # and a picture beside it
 
