@@ -1,6 +1,6 @@
 """The balance-controller laboratory: one synthetic stream of drifting logits through every balance rule.
 
-    python -m experiments.balance_lab                                              # about a minute on 2 cores
+    python -m experiments.balance_lab                                              # 1 to 1.5 minutes on 2 cores
     python -m experiments.balance_lab --quick                                      # seconds: shows that it runs
     python -m experiments.balance_lab --out experiments/results/balance_lab.json   # and a picture beside it
 
@@ -20,7 +20,7 @@ Measured per rate, with Student's t intervals over seeds:
                       less than 0.1 above chance; the phase's length if never
     swing             how much an expert's load varies from batch to batch in the last quarters: standard deviation over
                       that of sampling noise, so 1 is a balancer at rest
-    moved             share of the choices there that plain top-k without balance would not have made
+    moved             share of plain top-k's choices there that are given up for balance
 
 Rules that balance within a batch (those of the table that are not causal) have nothing to settle and run on the last
 batches alone. Tokens are independent, so that chance is exact; a sequence is then no more than a small batch.
@@ -191,13 +191,13 @@ def simulate(step: Step, rates: Array, stream: Array, plain: Array) -> tuple[Arr
       plain: `[steps, seeds, T, K]` choices without balance.
 
     Returns:
-      Loads `[steps, R, seeds, E]` over their mean, and the moved share of the choices `[steps, R, seeds]`.
+      Loads `[steps, R, seeds, E]` over their mean, and the share of the plain choices given up `[steps, R, seeds]`.
     """
 
     def one(state: Array, logits: Array, plain: Array, key: Array, rate: Array) -> tuple[Array, tuple[Array, Array]]:
         state, routed = step(state, logits, key, rate)
         chosen = routed.stats.chosen.reshape(-1, logits.shape[1]).sum(0)
-        is_kept = jnp.any(routed.plan.expert_ids[:, :, None] == plain[:, None, :], axis=-1)
+        is_kept = jnp.any(routed.plan.expert_ids[:, :, None] == plain[:, None, :], axis=1)  # [T, K]
         return state, (chosen / chosen.mean(), 1 - is_kept.mean())
 
     of_seeds = jax.vmap(one, (0, 0, 0, 0, None))
@@ -302,9 +302,8 @@ def main(argv: list[str] | None = None) -> None:
         result = {"environment": describe_environment(), "sizes": dataclasses.asdict(sizes), "rows": rows}
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
         picture = arguments.out.with_suffix(".png")
-        plot_balance_lab(rows, traces, chance=sizes.chance, jump=sizes.phase).savefig(
-            picture, dpi=160, facecolor="white"
-        )
+        figure = plot_balance_lab(rows, traces, chance=sizes.chance, jump=sizes.phase)
+        figure.savefig(picture, dpi=120, facecolor="white")
         console.print(f"{arguments.out}\n{picture}")
 
 

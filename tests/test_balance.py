@@ -8,6 +8,7 @@ import pytest
 from moe_jax.routing import (
     BALANCERS,
     RULES,
+    check_rule,
     get_balancer,
     get_rule,
     move_bias_by_sign,
@@ -158,11 +159,13 @@ def test_histograms_of_parts_add_up_and_masked_tokens_are_inert():
 @pytest.mark.parametrize("rule", RULES)
 def test_reported_scores_plus_bias_are_what_a_rule_selects_by(rule):
     logits, bias = jnp.asarray(random_logits(6)), jnp.linspace(-0.3, 0.3, NUM_EXPERTS)
-    inputs = RoutingInputs(logits, bias=bias, token_ids=random_ids(0))
+    controller = RULES[rule].controller
+    level = None if controller is None else jnp.float32(controller.start)
+    inputs = RoutingInputs(logits, bias=bias, level=level, token_ids=random_ids(0))
     choice = RULES[rule].choose(inputs, choices_of(rule))
     if choice.scores is None:
         with pytest.raises(ValueError, match="bias_bins=10 needs a rule that"):
-            route(logits, RULES[rule], num_choices=choices_of(rule), token_ids=random_ids(0), bias_bins=10)
+            check_rule(RULES[rule], choices_of(rule), NUM_EXPERTS, rule, bias_bins=10)
         return
     expected = select_top_k(choice.scores + bias[None, :], choices_of(rule), None, None)
     np.testing.assert_array_equal(choice.expert_ids, expected)
@@ -234,6 +237,8 @@ def test_borders_say_what_is_wrong():
         get_balancer("sign_in_groups", num_groups=4)(jnp.zeros(6), stats_of_loads(np.ones(6)))
     with pytest.raises(ValueError, match="build the model with bias_bins=1000"):
         get_balancer("quantile")(jnp.zeros(6), stats_of_loads(np.ones(6)))
+    with pytest.raises(ValueError, match="bias_bins must not be negative, got -1"):
+        sigmoid_stats(random_logits(0), num_choices=2, bias_bins=-1)
     with pytest.raises(ValueError, match="has no setting 'rate'"):
         get_rule("sigmoid_top_k", rate=0.1)  # rates are the balancer's
 

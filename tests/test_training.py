@@ -102,6 +102,8 @@ def test_quantile_balancing_needs_a_histogram():
     _, state, step = setup(LossConfig(balancer="quantile"))
     with pytest.raises(ValueError, match="build the model with bias_bins=1000"):
         jax.jit(step)(state, *batch())
+    with pytest.raises(ValueError, match="bias_bins=10 needs a rule that takes the K best of scores plus bias"):
+        dataclasses.replace(CONFIG, rule="top_p", bias_bins=10)
     with pytest.raises(ValueError, match="balancer 'sign' has no setting 'speed'; it has: rate"):
         setup(LossConfig(balancer="sign", balancer_settings={"speed": 1}))
 

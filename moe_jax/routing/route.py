@@ -60,14 +60,16 @@ def route(
       The plan (`[T, K]`), the float32 logits and the statistics.
 
     Raises:
-      ValueError: a K that E or the rule does not allow, a capacity below 1, a mask, ids or topology of another shape, a
-        topology whose groups are not told apart, a rule without the token ids that it needs, or a histogram of a rule
-        that does not report its selection scores.
+      ValueError: a K that E or the rule does not allow, a capacity below 1, negative bins, a mask, ids or topology of
+        another shape, a topology whose groups are not told apart, a rule without the token ids that it needs, or a
+        histogram of a rule that does not report its selection scores.
     """
     num_tokens, num_experts = logits.shape
     check_choices(rule, num_choices, num_experts)
     if capacity is not None and capacity < 1:
         raise ValueError(f"capacity must be at least 1, got {capacity}; use None for dropless routing")
+    if bias_bins < 0:
+        raise ValueError(f"bias_bins must not be negative, got {bias_bins}; use 0 for no histogram")
     for name, array in {"token_mask": token_mask, "token_ids": token_ids, "token_groups": token_groups}.items():
         if array is not None and array.shape != (num_tokens,):
             raise ValueError(f"{name} must be [{num_tokens}] for logits {logits.shape}, got {array.shape}")

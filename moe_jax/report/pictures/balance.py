@@ -40,8 +40,7 @@ def plot_balance_lab(
     moving = [name for name, kind in kinds.items() if kind in ("bias", "loss")]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 9.0), layout="constrained")
-        halves: Any = figure.subfigures(2, 1, height_ratios=(1.85, 1))
-        above, below = halves
+        (above,), (below,) = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.85, 1))
         panels = above.subplots(-(-len(moving) // COLUMNS), COLUMNS, sharex=True, sharey=True, squeeze=False).flat
         for axes, name in zip(panels, moving, strict=False):
             rates = [row["rate"] for row in rows if row["method"] == name]
