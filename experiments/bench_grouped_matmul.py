@@ -1,7 +1,7 @@
 """Grouped matmul: each implementation in each pass, against one dense matmul of equal FLOPs.
 
-    python -m experiments.bench_grouped_matmul                      # about 6 minutes on 2 cores
-    python -m experiments.bench_grouped_matmul --quick              # half a minute, few rows: shows that it runs
+    python -m experiments.bench_grouped_matmul                      # 9 minutes on 2 cores shared with other work
+    python -m experiments.bench_grouped_matmul --quick              # 2 minutes, few rows: shows that it runs
     python -m experiments.bench_grouped_matmul --out results.json
     python -m experiments.bench_grouped_matmul --table              # also renews this device's rows of `impl=None`
 
@@ -16,6 +16,7 @@ import argparse
 import functools
 import importlib.util
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,9 @@ def renew_table(rows: list[dict[str, Any]], environment: dict[str, Any]) -> None
     """Replaces this device's rows in the package's table."""
     device = environment["devices"][0]
     table = json.loads(TABLE.read_text())
-    table["measured_with"][device] = {key: environment[key] for key in ("packages", "platform", "cpu_count", "command")}
+    table["measured_with"][device] = {
+        key: environment[key] for key in ("packages", "platform", "cpu_count", "load_average", "command")
+    }
     kept = [row for row in table["rows"] if row["device"] != device]
     lines = ",\n".join("  " + json.dumps(row) for row in kept + fastest(rows, device))
     TABLE.write_text(f'{{"measured_with": {json.dumps(table["measured_with"])},\n "rows": [\n{lines}\n]}}\n')
@@ -214,6 +217,8 @@ def main() -> None:
     shapes = CPU_SHAPES if platform == "cpu" else ACCELERATOR_SHAPES
     console = Console()
     rows = []
+    environment = describe_environment()
+    load_before = os.getloadavg()[0]
     cases = [(name, shape, dtype) for name, shape in shapes.items() for dtype in ("float32", "bfloat16")]
     with Progress(console=console) as progress:
         task = progress.add_task("", total=len(cases))
@@ -223,7 +228,8 @@ def main() -> None:
             rows += bench(name, used, dtype, platform, repeats=3 if arguments.quick else 11)
             progress.advance(task)
     print_table(rows, console)
-    environment = describe_environment()
+    # What else the machine was doing: on an idle one, the first is near 0.
+    environment["load_average"] = {"before": load_before, "after": os.getloadavg()[0]}
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
