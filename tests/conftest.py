@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+from collections.abc import Iterator
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -21,6 +22,13 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 def rng() -> np.random.Generator:
     """The same random numbers for every test that asks."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs() -> Iterator[None]:
+    """Unloads a module's compiled programs when it is done: thousands of them take many gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
