@@ -1,6 +1,6 @@
 """Grouped matmul: each implementation in each pass, against one dense matmul of equal FLOPs.
 
-    python -m experiments.bench_grouped_matmul                      # 9 minutes on 2 cores shared with other work
+    python -m experiments.bench_grouped_matmul                      # 8 minutes on 2 cores shared with other work
     python -m experiments.bench_grouped_matmul --quick              # 2 minutes, few rows: shows that it runs
     python -m experiments.bench_grouped_matmul --out results.json
     python -m experiments.bench_grouped_matmul --table              # also renews this device's rows of `impl=None`
