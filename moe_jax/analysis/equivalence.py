@@ -17,7 +17,7 @@ import numpy as np
 
 from moe_jax.dispatch import BACKENDS
 from moe_jax.nn.experts import SWIGLU
-from moe_jax.routing import Rule, expert_capacity, route, single_topology
+from moe_jax.routing import Rule, expert_capacity, route, rule_settings, single_topology
 from moe_jax.types import Array, ArrayTree, DispatchFn, RouterOutput, RoutingPlan, Topology
 
 NUM_TOKENS, NUM_EXPERTS, NUM_SEQUENCES, WIDTH, HIDDEN = 48, 6, 4, 8, 5
@@ -76,6 +76,9 @@ class _Case:
 
     def __init__(self, rule: Rule, num_choices: int, condition: str, seed: int):
         """Draws the inputs and routes."""
+        self.num_true = NUM_EXPERTS - rule_settings(rule).get(
+            "num_null", 0
+        )  # null choices are neither kept nor dropped
         rng = np.random.default_rng(seed)
         logits = 2.0 * rng.normal(size=(NUM_TOKENS, NUM_EXPERTS))
         self.tokens = rng.normal(size=(NUM_TOKENS, WIDTH))
@@ -121,7 +124,7 @@ class _Case:
         stats, plan = self.output.stats, self.output.plan
         assert stats is not None and plan is not None
         kept = np.bincount(np.asarray(plan.expert_ids).ravel(), minlength=NUM_EXPERTS + 1)[:NUM_EXPERTS]
-        lost = float(stats.chosen.sum() - stats.kept.sum())
+        lost = float((stats.chosen - stats.kept)[: self.num_true].sum())
         is_dropped = abs(lost - float(stats.dropped_capacity)) < 0.5
         return bool((np.asarray(stats.kept) == kept).all()) and is_dropped
 
