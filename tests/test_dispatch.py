@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.dispatch import BACKENDS, get_backend
-from moe_jax.dispatch.blocked import block_ladder, dispatch_blocked
+from moe_jax.dispatch.blocked import dispatch_blocked
 from moe_jax.dispatch.grouped import dispatch_grouped
 from moe_jax.ops.expert_order import expert_order, rank_in_expert
+from moe_jax.ops.grouped_matmul.blocked import block_ladder
 from moe_jax.types import Expert, RoutingPlan
 from tests.dispatch_oracle import dispatch_loop
 

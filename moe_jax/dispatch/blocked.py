@@ -25,29 +25,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.ops.expert_order import ExpertOrder, expert_order
+from moe_jax.ops.grouped_matmul.blocked import block_ladder, loop_over_blocks
 from moe_jax.types import Array, ArrayTree, Expert, RoutingPlan
-
-_SHORTEST_LONG_BLOCK = 32
-_LONGEST_BLOCK = 512
-
-
-def block_ladder(num_assignments: int, num_experts: int) -> tuple[int, int]:
-    """Chooses two block lengths for a mean expert load: long blocks for the bulk, a quarter of that for the rest.
-
-    The long one is the largest power of two within the mean load, between 32 and 512: longer gains a matmul nothing,
-    shorter makes the loop's overhead show. The short one bounds the padding, to an eighth of the mean load on average.
-
-    Args:
-      num_assignments: T * K.
-      num_experts: E.
-
-    Returns:
-      The block lengths in rows, falling.
-    """
-    mean_load = max(num_assignments // num_experts, 1)
-    power_of_two = 1 << (mean_load.bit_length() - 1)
-    long = min(max(power_of_two, _SHORTEST_LONG_BLOCK), _LONGEST_BLOCK)
-    return long, long // 4
 
 
 def dispatch_blocked(
@@ -72,36 +51,6 @@ def dispatch_blocked(
     """
     lengths = block_lengths or block_ladder(plan.expert_ids.size, plan.num_experts)
     return _dispatch(expert, lengths, tokens, plan.gates, params, plan.expert_ids)
-
-
-def _loop_over_blocks(
-    order: ExpertOrder,
-    lengths: tuple[int, ...],
-    load: Callable[[Array], Any],
-    block: Callable[[Array, Array, int, Any, Any], tuple[Any, Any]],
-    store: Callable[[Array, Any, Any], Any],
-    carry: Any,
-) -> Any:
-    """Visits the experts that have rows: `load` what is local to one, run `block` over its rows, `store` the result."""
-    counts = jnp.diff(order.starts)
-    busy = jnp.nonzero(counts > 0, size=counts.shape[0], fill_value=0)[0]
-
-    def run_expert(i: Array, carry: Any) -> Any:
-        index = busy[i]
-        begin, end = order.starts[index], order.starts[index + 1]
-        state = (carry, load(index))
-        for length in lengths:
-            rows = end - begin
-            num_blocks = -(-rows // length) if length == lengths[-1] else rows // length
-
-            def run_block(j: Array, state: tuple, begin: Array = begin, length: int = length) -> tuple:
-                return block(begin + j * length, end, length, *state)
-
-            state = jax.lax.fori_loop(0, num_blocks, run_block, state)
-            begin += num_blocks * length
-        return store(index, *state)
-
-    return jax.lax.fori_loop(0, jnp.sum(counts > 0), run_expert, carry)
 
 
 def _slice_of(tree: ArrayTree, index: Array) -> ArrayTree:
@@ -152,7 +101,9 @@ def _run(
         output = output.at[jnp.where(is_valid, token, num_tokens)].add(weighted, mode="drop")
         if keep_hidden:
             hidden = jax.tree.map(
-                lambda kept, new: jax.lax.dynamic_update_slice_in_dim(kept, new, begin, 0), hidden, block_hidden
+                lambda kept, new: jax.lax.dynamic_update_slice_in_dim(kept, new.astype(kept.dtype), begin, 0),
+                hidden,
+                block_hidden,
             )
         return (output, hidden), local
 
@@ -162,9 +113,9 @@ def _run(
     hidden = None
     if keep_hidden:
         num_rows = order.assignments.shape[0]
-        hidden = jax.tree.map(lambda leaf: jnp.zeros((num_rows, *leaf.shape[1:]), leaf.dtype), one_row)
-    output, hidden = _loop_over_blocks(
-        order,
+        hidden = jax.tree.map(lambda leaf: jnp.zeros((num_rows, *leaf.shape[1:]), _wide(leaf.dtype)), one_row)
+    output, hidden = loop_over_blocks(
+        order.starts,
         lengths,
         load=lambda index: _slice_of(params, index),
         block=block,
@@ -187,6 +138,7 @@ def _run_transposed(
     """The backward loop: cotangents of tokens, gates and parameters."""
     (num_tokens, num_choices), num_assignments = gates.shape, gates.size
     flat_gates = gates.reshape(-1)
+    one_row = jax.eval_shape(expert.inner, _slice_of(params, jnp.int32(0)), tokens[:1])
 
     def load(index: Array) -> tuple[ArrayTree, ArrayTree]:
         local = _slice_of(params, index)
@@ -197,7 +149,9 @@ def _run_transposed(
         local, local_grad = state
         assignments, is_valid = _block_of(order, begin, end, length)
         token = assignments // num_choices
-        block_hidden = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, begin, length), hidden)
+        block_hidden = jax.tree.map(
+            lambda leaf, like: jax.lax.dynamic_slice_in_dim(leaf, begin, length).astype(like.dtype), hidden, one_row
+        )
         rows, outer_vjp = jax.vjp(expert.outer, local, block_hidden)
         out_grad = _take(output_grad, token, is_valid).astype(jnp.float32)
         gates_grad = gates_grad.at[jnp.where(is_valid, assignments, num_assignments)].set(
@@ -215,7 +169,7 @@ def _run_transposed(
     def store(index: Array, carry: tuple, state: tuple) -> tuple:
         tokens_grad, gates_grad, params_grad = carry
         params_grad = jax.tree.map(
-            lambda total, part: jax.lax.dynamic_update_index_in_dim(total, part.astype(total.dtype), index, 0),
+            lambda total, part: jax.lax.dynamic_update_index_in_dim(total, part, index, 0),
             params_grad,
             state[1],
         )
@@ -224,10 +178,16 @@ def _run_transposed(
     carry = (
         jnp.zeros(tokens.shape, jnp.float32),
         jnp.zeros(num_assignments, jnp.float32),
-        jax.tree.map(jnp.zeros_like, params),
+        jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params),
     )
-    tokens_grad, gates_grad, params_grad = _loop_over_blocks(order, lengths, load, block, store, carry)
+    tokens_grad, gates_grad, params_grad = loop_over_blocks(order.starts, lengths, load, block, store, carry)
+    params_grad = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), params_grad, params)
     return tokens_grad.astype(tokens.dtype), gates_grad.reshape(gates.shape).astype(gates.dtype), params_grad
+
+
+def _wide(dtype: jnp.dtype) -> jnp.dtype:
+    """At least float32: XLA's CPU backend updates a slice of a bfloat16 array by converting all of it, every time."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _one_by_one(function: Callable, *arguments: Any) -> Any:
