@@ -8,6 +8,8 @@ import pytest
 from moe_jax.dispatch import BACKENDS
 from moe_jax.nn.expert_stack import ExpertStack
 from moe_jax.nn.experts import EXPERTS, SWIGLU, ExpertKind, deepen, gated, get_expert_kind, lift
+from moe_jax.nn.moe import MoELayer
+from moe_jax.nn.routers.linear import LinearRouter
 from tests.expert_oracle import NETWORKS, finite_differences
 from tests.test_dispatch import (
     CASES,
@@ -255,3 +257,16 @@ def test_refuses(arguments, message, monkeypatch):
         monkeypatch.setitem(EXPERTS, name, lambda kind=kind: kind)
     with pytest.raises(ValueError, match=message):
         ExpertStack(E, D, F, key=jax.random.key(0), **arguments)
+
+
+def test_a_kind_that_does_not_name_its_matmuls_is_refused_by_the_grouped_backend(monkeypatch):
+    def draw(key, num_experts, width, hidden, output_scale):
+        return {"shift": output_scale * jax.random.normal(key, (num_experts, width))}
+
+    kind = ExpertKind(lift(lambda params, rows: rows + params["shift"][None]), draw)
+    monkeypatch.setitem(EXPERTS, "shift", lambda: kind)
+    router_key, expert_key = jax.random.split(jax.random.key(0))
+    router, stack = LinearRouter(D, E, key=router_key), ExpertStack(E, D, F, kind="shift", key=expert_key)
+    assert MoELayer(router, stack, num_choices=2)(jnp.ones((1, 3, D)))[0].shape == (1, 3, D)
+    with pytest.raises(ValueError, match="expert kind 'shift' does not name its matmuls"):
+        MoELayer(router, stack, num_choices=2, backend="grouped")

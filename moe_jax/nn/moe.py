@@ -72,6 +72,11 @@ class MoELayer(nnx.Module):
         self.rule, self.rule_settings = rule, tuple(sorted((rule_settings or {}).items()))
         if isinstance(backend, str):
             get_backend(backend)  # an unknown name fails here, not in the first step
+        if backend == "grouped" and isinstance(experts, ExpertStack) and experts.expert.grouped is None:
+            raise ValueError(
+                f"expert kind {experts.kind!r} does not name its matmuls (Expert.grouped), which backend='grouped' "
+                "needs; take backend='blocked'"
+            )
         self.backend, self.stats_level, self.bias_bins = backend, stats_level, bias_bins
         num_experts = self.num_experts
         check_rule(self.routing_rule, num_choices, num_experts, rule, bias_bins=bias_bins)
