@@ -264,7 +264,7 @@ def test_a_language_model_refuses_it_unless_told():
         dataclasses.replace(SOFT, rule_settings={"slots": 2})
     with pytest.raises(ValueError, match="leave router='mlp'"):
         dataclasses.replace(SOFT, router="mlp")
-    with pytest.raises(ValueError, match=r"capacity_factor=1.25 at their defaults"):
+    with pytest.raises(ValueError, match=r"capacity_factor=1.25 and bias_bins=0 at their defaults"):
         dataclasses.replace(SOFT, capacity_factor=1.25)
     with pytest.raises(ValueError, match="slots_per_expert=0 must be at least 1"):
         dataclasses.replace(SOFT, rule_settings={"slots_per_expert": 0})
