@@ -1,7 +1,7 @@
 """The main job on a laptop: train a byte-level MoE language model, then evolve its routing topology.
 
 Command:   python -m experiments.evolve_topology
-Hardware:  two CPU cores, 3 GB of memory
+Hardware:  two CPU cores, 2 GB of memory
 Time:      4.4 to 4.7 minutes with nothing compiled, 3.8 to 4.2 on a second start
 Result:    2.43 bits per byte on the test split (byte 5-gram: 2.66); with half of the experts kept, +0.20 for the chosen
            evolved topology, +0.17 for (1+1) local search and +0.30 for REAP

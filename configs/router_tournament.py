@@ -1,7 +1,7 @@
 """Every causal routing rule at equal active FLOPs, and the dense twin, trained on the main job's text.
 
 Command:   python -m experiments.router_tournament
-Hardware:  two CPU cores, 3 GB of memory
+Hardware:  two CPU cores, 2 GB of memory
 Time:      about an hour; `--config=configs/router_tournament_quick.py` takes about five minutes
 """
 
