@@ -205,7 +205,7 @@ def print_table(console: Console, results: dict[str, Any]) -> None:
 def main(command: Command) -> None:
     """Runs, or continues, the tournament in its folder."""
     console = Console()
-    console.width = max(console.width, 110)  # the table is cut otherwise
+    console.width = max(console.width, 120)  # the table is cut otherwise
     with RunFolder(command.workdir, command.config, must_exist=command.resume) as run:
         entries = entries_of(command.config)
         if not run.is_finished:
