@@ -24,7 +24,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from moe_jax.routing.required_bias import histogram_quantile, histogram_range
-from moe_jax.routing.rule import settings_of
+from moe_jax.routing.rule import check_settings, settings_of
 from moe_jax.types import Array, RouterStats
 
 # (bias [E], stats of one optimizer step) -> bias [E]
@@ -130,12 +130,7 @@ def get_balancer(name: str, **settings: Any) -> Balancer:
     """
     if name not in BALANCERS:
         raise ValueError(f"unknown balancer {name!r}; known: {', '.join(BALANCERS)}")
-    known = set(settings_of(BALANCERS[name]))
-    if unknown := sorted(set(settings) - known):
-        raise ValueError(
-            f"balancer {name!r} has no setting {', '.join(map(repr, unknown))}; "
-            f"it has: {', '.join(sorted(known)) or 'none'}"
-        )
+    check_settings(settings, settings_of(BALANCERS[name]), f"balancer {name!r}")
     return partial(BALANCERS[name], **settings)
 
 
