@@ -1,6 +1,6 @@
 """Dispatch backends against a dense layer of equal FLOPs, and against the Mixtral block of `transformers`.
 
-    python -m experiments.bench_dispatch                              # shapes A and B, about 10 minutes on 2 cores
+    python -m experiments.bench_dispatch                              # shapes A and B, about 8 minutes on 2 cores
     python -m experiments.bench_dispatch --quick                      # few tokens: shows that it runs
     python -m experiments.bench_dispatch --shapes A B mixtral qwen3 --dtypes float32 bfloat16 --no-transformers
     python -m experiments.bench_dispatch --out results.json           # and results.png, a picture of the ratios
