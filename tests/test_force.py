@@ -87,6 +87,15 @@ def test_exact_gates_are_the_plans_own_and_have_no_gradient():
     assert (slope == 0).all()
 
 
+@pytest.mark.parametrize("force", ["ids", "exact"])
+def test_a_masked_token_is_not_routed_whatever_was_recorded_for_it(force):
+    plan, mask = random_plan(7, 2), jnp.arange(NUM_TOKENS) % 3 != 0
+    output = route(random_logits(8), RULES["softmax_top_k"], num_choices=2, forced=plan, force=force, token_mask=mask)
+    np.testing.assert_array_equal(output.plan.expert_ids, jnp.where(mask[:, None], plan.expert_ids, NUM_EXPERTS))
+    assert (np.asarray(output.plan.gates)[~np.asarray(mask)] == 0).all()
+    assert output.stats.kept.sum() == (np.asarray(plan.expert_ids)[np.asarray(mask)] < NUM_EXPERTS).sum()
+
+
 def test_what_cannot_be_forced_says_so():
     def last(inputs, num_choices):
         raise AssertionError("never asked")

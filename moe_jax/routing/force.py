@@ -5,6 +5,7 @@ used; replaying both is what a counterfactual needs. Slot order is kept too, sin
 differently.
 """
 
+import dataclasses
 from typing import Literal
 
 import jax.numpy as jnp
@@ -25,7 +26,8 @@ def forced_choice(inputs: RoutingInputs, rule: Rule, plan: RoutingPlan, force: F
     Args:
       inputs: what the rule sees; its bias and limit play no role.
       rule: weighs the forced experts, if `force` is "ids".
-      plan: `[T, K]`; any number of slots, empty ones anywhere. An expert closed to a token gets gate 0 under "ids".
+      plan: `[T, K]`; any number of slots, empty ones anywhere. A masked token's are emptied; an expert that a topology closes to
+        a token gets gate 0 under "ids".
       force: "ids" recomputes the gates from the logits, with their gradient; "exact" takes the plan's, without.
 
     Raises:
@@ -37,20 +39,25 @@ def forced_choice(inputs: RoutingInputs, rule: Rule, plan: RoutingPlan, force: F
             f"the plan is for {plan.expert_ids.shape[0]} tokens and {plan.num_experts} experts, "
             f"the logits are for {num_tokens} and {num_experts}"
         )
+    if inputs.is_open is not None:  # a masked token is not routed, whatever was recorded for it
+        has_open = inputs.is_open.any(-1)[:, None]
+        plan = dataclasses.replace(
+            plan,
+            expert_ids=jnp.where(has_open, plan.expert_ids, num_experts),
+            gates=jnp.where(has_open, plan.gates, 0.0),
+        )
     if force == "exact":
         return Choice(plan.expert_ids, plan.gates, score("softmax", inputs.logits, inputs.is_open))
     if not rule.can_be_forced:
         raise ValueError('this rule cannot weigh experts that it did not select; use force="exact"')
     is_forced = jnp.any(plan.expert_ids[:, :, None] == jnp.arange(num_experts)[None, None, :], axis=1)
     choice = rule.choose(
-        RoutingInputs(
-            logits=inputs.logits,
-            is_open=inputs.is_open,
+        dataclasses.replace(
+            inputs,
             limit=is_forced.sum(1, dtype=jnp.int32),
             bias=jnp.where(is_forced, _FORCING_BIAS, 0.0),
-            level=inputs.level,
-            token_ids=inputs.token_ids,
-            num_sequences=inputs.num_sequences,
+            noise_scale=None,
+            key=None,
         ),
         rule.only_choices or plan.expert_ids.shape[1],
     )
