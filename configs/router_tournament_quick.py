@@ -1,4 +1,4 @@
-"""The tournament in six to seven minutes, mostly compiling: one seed, a few steps, and no conclusions.
+"""The tournament with one seed and a few steps: minutes, most of them compiling, and no conclusions.
 
 Command:   python -m experiments.router_tournament --config=configs/router_tournament_quick.py
 Hardware:  two CPU cores

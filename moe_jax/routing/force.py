@@ -26,8 +26,8 @@ def forced_choice(inputs: RoutingInputs, rule: Rule, plan: RoutingPlan, force: F
     Args:
       inputs: what the rule sees; its bias and limit play no role.
       rule: weighs the forced experts, if `force` is "ids".
-      plan: `[T, K]`; any number of slots, empty ones anywhere. A masked token's are emptied; an expert that a topology closes to
-        a token gets gate 0 under "ids".
+      plan: `[T, K]`; any number of slots, empty ones anywhere. A masked token's are emptied; an expert that a topology
+        closes to a token gets gate 0 under "ids".
       force: "ids" recomputes the gates from the logits, with their gradient; "exact" takes the plan's, without.
 
     Raises:

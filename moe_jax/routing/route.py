@@ -66,23 +66,10 @@ def route(
     """
     num_tokens, num_experts = logits.shape
     check_choices(rule, num_choices, num_experts)
-    if capacity is not None and capacity < 1:
-        raise ValueError(f"capacity must be at least 1, got {capacity}; use None for dropless routing")
-    if bias_bins < 0:
-        raise ValueError(f"bias_bins must not be negative, got {bias_bins}; use 0 for no histogram")
-    for name, array in {"token_mask": token_mask, "token_ids": token_ids, "token_groups": token_groups}.items():
-        if array is not None and array.shape != (num_tokens,):
-            raise ValueError(f"{name} must be [{num_tokens}] for logits {logits.shape}, got {array.shape}")
-    if topology is not None and topology.keep.shape[-1] != num_experts:
-        raise ValueError(
-            f"topology.keep {topology.keep.shape} must end in the {num_experts} experts of the logits, "
-            "zero-compute experts included"
-        )
+    _check_numbers(num_tokens, capacity, bias_bins, {"num_sequences": num_sequences, "stats_groups": stats_groups or 1})
+    _check_shapes(logits, topology, {"token_mask": token_mask, "token_ids": token_ids, "token_groups": token_groups})
     if rule.needs_token_ids and token_ids is None:
         raise ValueError("this rule chooses by vocabulary id: give token_ids [T]")
-    for name, parts in {"num_sequences": num_sequences, "stats_groups": stats_groups or 1}.items():
-        if num_tokens % parts:
-            raise ValueError(f"{name}={parts} does not divide the {num_tokens} tokens into equal parts")
 
     is_open, limit = None, None
     if topology is not None:
@@ -124,6 +111,30 @@ def route(
     )
     most = min((c for c in (capacity, choice.capacity) if c is not None), default=None)
     return RouterOutput(RoutingPlan(kept_ids, gates, num_experts, most), logits, stats)
+
+
+def _check_numbers(num_tokens: int, capacity: int | None, bias_bins: int, parts: dict[str, int]) -> None:
+    """Refuses counts that cannot be meant."""
+    if capacity is not None and capacity < 1:
+        raise ValueError(f"capacity must be at least 1, got {capacity}; use None for dropless routing")
+    if bias_bins < 0:
+        raise ValueError(f"bias_bins must not be negative, got {bias_bins}; use 0 for no histogram")
+    for name, count in parts.items():
+        if num_tokens % count:
+            raise ValueError(f"{name}={count} does not divide the {num_tokens} tokens into equal parts")
+
+
+def _check_shapes(logits: Array, topology: Topology | None, per_token: dict[str, Array | None]) -> None:
+    """Refuses arrays that do not fit the logits."""
+    num_tokens, num_experts = logits.shape
+    for name, array in per_token.items():
+        if array is not None and array.shape != (num_tokens,):
+            raise ValueError(f"{name} must be [{num_tokens}] for logits {logits.shape}, got {array.shape}")
+    if topology is not None and topology.keep.shape[-1] != num_experts:
+        raise ValueError(
+            f"topology.keep {topology.keep.shape} must end in the {num_experts} experts of the logits, "
+            "zero-compute experts included"
+        )
 
 
 def check_rule(rule: Rule, num_choices: int, num_experts: int, name: str = "this rule", *, bias_bins: int = 0) -> None:
