@@ -31,7 +31,8 @@ from experiments.timing import Call, compile_cold_and_warm, measure_interleaved,
 from moe_jax.evolution import NSGA2, DiscreteGA, advance_search, combine, mask_genome, start_search, top_k_genome
 from moe_jax.evolution.population import PopulationData, PopulationEvaluator, candidates_that_fit
 from moe_jax.losses import kl_divergence, masked_mean
-from moe_jax.models.decoder import Decoder, DecoderConfig
+from moe_jax.models.config import DecoderConfig
+from moe_jax.models.decoder import Decoder
 from moe_jax.runs.environment import describe_environment, enable_compilation_cache
 from moe_jax.types import Array
 

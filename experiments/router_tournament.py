@@ -27,8 +27,9 @@ from rich.table import Table
 from experiments.topology_model import model_state, read_text
 from moe_jax.analysis import max_violation
 from moe_jax.data import DataConfig, pack, train_batches
+from moe_jax.models.config import DecoderConfig
 from moe_jax.models.cost import model_cost
-from moe_jax.models.decoder import Decoder, DecoderConfig
+from moe_jax.models.decoder import Decoder
 from moe_jax.models.twin import dense_twin
 from moe_jax.report.pictures.tournament import plot_ranking
 from moe_jax.runs import Command, RunFolder, read_json, run_script, section, write_json

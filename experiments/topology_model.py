@@ -23,7 +23,8 @@ from moe_jax.data import (
     split_documents,
     train_batches,
 )
-from moe_jax.models.decoder import Decoder, DecoderConfig
+from moe_jax.models.config import DecoderConfig
+from moe_jax.models.decoder import Decoder
 from moe_jax.routing import full_topology
 from moe_jax.runs import ConfigError, MetricsWriter, RunFolder, read_json, section, write_json
 from moe_jax.runs.bars import bar

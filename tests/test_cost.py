@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe_jax.models.config import DecoderConfig
 from moe_jax.models.cost import Part, active_expert_flops, model_cost, part_cost
-from moe_jax.models.decoder import Decoder, DecoderConfig
+from moe_jax.models.decoder import Decoder
 from tests.tiny_model import TINY
 
 LLAMA_7B = DecoderConfig(

@@ -22,7 +22,8 @@ import pytest
 
 from moe_jax.checkpoints import CheckpointStore
 from moe_jax.data import DataConfig, Document, train_batches
-from moe_jax.models.decoder import Decoder, DecoderConfig
+from moe_jax.models.config import DecoderConfig
+from moe_jax.models.decoder import Decoder
 from moe_jax.runs import MetricsWriter, load_config, read_json, read_progress, section
 from moe_jax.training.loop import train
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer

@@ -13,7 +13,8 @@ from moe_jax.evolution import LayerTopology, combine, mask_genome, top_k_genome
 from moe_jax.evolution.population import OBJECTIVES, PopulationEvaluator, candidates_that_fit
 from moe_jax.evolution.saliency import measure_saliency
 from moe_jax.evolution.study import EvolutionConfig, make_study, run_greedy, run_population_search
-from moe_jax.models.decoder import Decoder, DecoderConfig
+from moe_jax.models.config import DecoderConfig
+from moe_jax.models.decoder import Decoder
 from moe_jax.routing import single_topology
 from tests.tiny_model import TINY
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.models.decoder import DecoderConfig
+from moe_jax.models.config import DecoderConfig
 from moe_jax.routing import (
     RULES,
     full_topology,

@@ -27,7 +27,7 @@ def slow_saliency(model):
     for index in [i for i, kind in enumerate(CONFIG.layers) if kind == "moe"]:
         hidden, _ = model.run_layers(model.embed(TOKENS), 0, index, MASK, trace="off")
         block = model.layer(index)
-        normed = leaf(block.attend(hidden, MASK)[1])
+        normed = leaf(block.feed_forward_norm(block.attend(hidden, MASK)[0]))
         kernel = leaf(block.feed_forward.router.kernel[...])
         bias = leaf(block.feed_forward.bias[...])
         w_in, w_out = (leaf(part[...]) for part in (block.feed_forward.experts.w_in, block.feed_forward.experts.w_out))
@@ -77,7 +77,8 @@ def test_latent_experts_are_measured_on_the_way_out_and_zero_compute_ones_not_at
     )
     model = Decoder(config, key=jax.random.key(0))
     block = model.layer(0)
-    layer, normed = block.feed_forward, block.attend(model.embed(TOKENS, MASK), MASK)[1]
+    layer = block.feed_forward
+    normed = block.feed_forward_norm(block.attend(model.embed(TOKENS, MASK), MASK)[0])
     plan = layer(normed, MASK)[1].plan
     tokens, params = leaf(normed).reshape(-1, config.width), layer.experts.parameters(jnp.float32)
     expected = np.zeros((1, 4))

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from moe_jax.models.config import DecoderConfig
 from moe_jax.models.cost import model_cost
-from moe_jax.models.decoder import Decoder, DecoderConfig
+from moe_jax.models.decoder import Decoder
 from moe_jax.models.twin import Pair, dense_twin, receipt
 from tests.tiny_model import TINY
 

@@ -1,6 +1,6 @@
 """The smallest decoder that has every kind of part; tests change what they need with `dataclasses.replace`."""
 
-from moe_jax.models.decoder import DecoderConfig
+from moe_jax.models.config import DecoderConfig
 
 TINY = DecoderConfig(
     vocab_size=19,

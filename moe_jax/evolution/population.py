@@ -15,8 +15,9 @@ from flax import nnx
 
 from moe_jax.evolution.genomes import Genome, LayerTopology
 from moe_jax.losses import kl_divergence
+from moe_jax.models.config import DecoderConfig
 from moe_jax.models.cost import active_expert_flops
-from moe_jax.models.decoder import Decoder, DecoderConfig
+from moe_jax.models.decoder import Decoder
 from moe_jax.routing import count_assignments, get_rule, population_topology
 from moe_jax.types import Array, RoutingPlan
 

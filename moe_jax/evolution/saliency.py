@@ -79,7 +79,7 @@ def _layer_sums(block: Block, x: Array, token_mask: Array, token_ids: Array) -> 
     """`[E]` counts, gate sums and sums of gate times output norm of one MoE block."""
     assert isinstance(block.feed_forward, MoELayer)  # the caller picks the layers of that kind
     layer = block.feed_forward
-    _, normed = block.attend(x, token_mask)
+    normed = block.feed_forward_norm(block.attend(x, token_mask)[0])
     _, routed = layer(normed, token_mask, token_ids=token_ids)
     assert isinstance(routed.plan, RoutingPlan)  # a layer by itself returns everything
     assert isinstance(layer.experts, ExpertStack)  # a decoder's experts are feed-forward networks

@@ -29,7 +29,7 @@ from moe_jax.evolution.nsga2 import NSGA2
 from moe_jax.evolution.population import PopulationData, PopulationEvaluator
 from moe_jax.evolution.saliency import SALIENCIES, prune_uniformly
 from moe_jax.evolution.search import EvaluateFn, SearchResult, SearchState, SearchStatus, run_search
-from moe_jax.models.decoder import DecoderConfig
+from moe_jax.models.config import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.models.decoder import Decoder, DecoderConfig, LayerKind
+from moe_jax.models.config import DecoderConfig, LayerKind
+from moe_jax.models.decoder import Decoder
 from moe_jax.trees import count_parameters
 from moe_jax.types import Array
 
@@ -225,7 +226,7 @@ def model_cost(
         ),
         Part(count_parameters(model["embedding"]), 0),
         part_cost(model["norm"]),
-        part_cost(model["read_out"]),
+        _read_out_cost(config, model),
     )
 
 
@@ -263,6 +264,12 @@ def _dict_of(module: nnx.Module) -> Any:
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
 
+def _read_out_cost(config: DecoderConfig, params: dict[str, Any]) -> Part:
+    """The read-out; tied to the embedding, it has the FLOPs and no parameters but its bias."""
+    matrix = Part(0, 2 * config.width * config.vocab_size) if config.tie_embeddings else part_cost(params["read_out"])
+    return matrix._replace(parameters=matrix.parameters + count_parameters(params.get("read_out_bias", {})))
+
+
 def _layer_cost(
     kind: LayerKind, params: dict[str, Any], choices: float, twice_mean_keys: int, is_soft: bool
 ) -> LayerCost:
@@ -275,16 +282,20 @@ def _layer_cost(
     experts = feed_forward.pop("experts") if kind == "moe" else {}
     num_experts = jax.tree.leaves(experts)[0].shape[0] if experts else 0
     stack = part_cost({"experts": experts})
-    num_heads, head_width, _ = attention["out"].shape
+    num_heads, value_width, _ = attention["out"].shape
+    if "qkv" in attention:
+        key_width, cached_numbers = value_width, (attention["qkv"].shape[1] - num_heads) * value_width
+    else:  # latent attention, which keeps the latent and the shared turned key
+        key_width, cached_numbers = attention["query"].shape[-1], attention["down"].shape[-1]
     return LayerCost(
         kind=kind,
         attention=part_cost(attention),
-        mixing_flops=2 * num_heads * head_width * twice_mean_keys,
+        mixing_flops=num_heads * (key_width + value_width) * twice_mean_keys,
         norms=part_cost(norms),
         router=router,
         feed_forward=part_cost(feed_forward),
         expert=Part(*(total // max(num_experts, 1) for total in stack)),
         num_experts=num_experts,
         choices=choices,
-        cached_numbers=(attention["qkv"].shape[1] - num_heads) * head_width,
+        cached_numbers=cached_numbers,
     )

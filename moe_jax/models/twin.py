@@ -14,8 +14,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+from moe_jax.models.config import DecoderConfig, LayerKind
 from moe_jax.models.cost import model_cost
-from moe_jax.models.decoder import DecoderConfig, LayerKind
 
 Match = Literal["flops", "active_parameters", "parameters"]  # properties of `cost.ModelCost`
 

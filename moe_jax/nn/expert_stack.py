@@ -9,7 +9,7 @@ from flax import nnx
 from moe_jax.nn.experts import ExpertKind, get_expert_kind
 from moe_jax.types import Array, DispatchFn, Expert, RoutingPlan
 
-Setting = bool | int | float | str
+Setting = bool | int | float | str | tuple[float, ...]
 
 
 class ExpertStack(nnx.Module):

@@ -46,6 +46,7 @@ class MoELayer(nnx.Module):
         rule_settings: Mapping[str, Setting] | None = None,
         backend: str | DispatchFn = "blocked",
         capacity_factor: float | None = None,
+        gates_on_input: bool = False,
         stats_level: StatsLevel = "batch",
         bias_bins: int = 0,
     ):
@@ -63,12 +64,13 @@ class MoELayer(nnx.Module):
           rule_settings: settings of the rule.
           backend: a name in `dispatch.BACKENDS`, or a hashable function such as an `ExpertParallel`.
           capacity_factor: rows per expert relative to perfect balance, or None to drop nothing.
+          gates_on_input: whether a gate multiplies what enters an expert, as in Llama 4, and not what leaves it.
           stats_level: what statistics are summed over; below "batch" they have a leading axis of sequences or tokens.
           bias_bins: bins of the statistics' histogram for the balancer "quantile", or 0; see `routing.route`.
         """
         self.router, self.experts = router, experts
         self.shared, self.latent, self.zero_compute = shared, latent, zero_compute
-        self.num_choices, self.capacity_factor = num_choices, capacity_factor
+        self.num_choices, self.capacity_factor, self.gates_on_input = num_choices, capacity_factor, gates_on_input
         self.rule, self.rule_settings = rule, tuple(sorted((rule_settings or {}).items()))
         if isinstance(backend, str):
             get_backend(backend)  # an unknown name fails here, not in the first step
@@ -161,7 +163,10 @@ class MoELayer(nnx.Module):
         dispatched = plan if self.zero_compute is None else without_zero_compute(plan, self.experts.num_experts)
         rows = x if self.latent is None else self.latent.enter(x)
         dispatch = get_backend(self.backend) if isinstance(self.backend, str) else self.backend
-        y = self.experts.mix(rows, dispatched, dispatch, token_mask)
+        if self.gates_on_input:
+            y = _mix_weighed(self.experts, rows, dispatched, dispatch, token_mask)
+        else:
+            y = self.experts.mix(rows, dispatched, dispatch, token_mask)
         if self.latent is not None:
             y = self.latent.leave(y)
         if self.zero_compute is not None:
@@ -191,6 +196,23 @@ class MoELayer(nnx.Module):
         if controller is None or controller.penalty is None:
             return jnp.float32(0)
         return controller.penalty(self.level[...], stats, self.num_choices)
+
+
+def _mix_weighed(
+    experts: ExpertStack | AttentionExperts,
+    x: Array,
+    plan: RoutingPlan,
+    dispatch: DispatchFn,
+    token_mask: Array | None,
+) -> Array:
+    """Sums `f_e(g_e x)`, one slot of the plan at a time, since each slot weighs the token differently."""
+    y = jnp.zeros_like(x)
+    for slot in range(plan.expert_ids.shape[1]):
+        ids, gates = plan.expert_ids[:, slot : slot + 1], plan.gates[:, slot : slot + 1]
+        ones = (ids < plan.num_experts).astype(gates.dtype)
+        weighed = x * gates.reshape(*x.shape[:2], 1).astype(x.dtype)
+        y += experts.mix(weighed, RoutingPlan(ids, ones, plan.num_experts, plan.capacity), dispatch, token_mask)
+    return y
 
 
 def _check_null_experts(rule: Rule, zero_compute: ZeroComputeExperts | None, name: str) -> None:

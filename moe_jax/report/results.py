@@ -6,8 +6,8 @@ from typing import Any
 from flax import nnx
 
 from moe_jax.data import Document, describe_splits
+from moe_jax.models.config import DecoderConfig
 from moe_jax.models.cost import model_cost
-from moe_jax.models.decoder import DecoderConfig
 from moe_jax.trees import count_parameters
 
 

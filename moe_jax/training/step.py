@@ -32,7 +32,6 @@ from moe_jax.losses import (
     router_z_loss,
     sum_over_groups,
 )
-from moe_jax.nn.moe import Balance
 from moe_jax.routing import get_balancer
 from moe_jax.types import Array, ArrayTree, RouterStats, Topology
 
@@ -93,6 +92,9 @@ class RouterSums(NamedTuple):
     of_groups: dict[str, Array]
 
 
+UNTRAINED = nnx.Not(nnx.Param)  # balance state, and facts of the architecture that are arrays
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
@@ -125,7 +127,7 @@ def init_state(
     def initialise(key: Array) -> TrainState:
         model = make_model(key)
         params = nnx.state(model, nnx.Param)
-        return TrainState(params, nnx.state(model, Balance), optimizer.init(params), jnp.zeros((), jnp.int32))
+        return TrainState(params, nnx.state(model, UNTRAINED), optimizer.init(params), jnp.zeros((), jnp.int32))
 
     return nnx.graphdef(jax.eval_shape(make_model, key)), initialise(key)
 
@@ -218,7 +220,7 @@ def make_train_step(
             }
             model = nnx.merge(graphdef, state.params, state.balance)
             model.update_balance(stats, balancer)
-            balance = nnx.state(model, Balance)
+            balance = nnx.state(model, UNTRAINED)
         return TrainState(optax.apply_updates(state.params, updates), balance, opt_state, state.step + 1), metrics
 
     return train_step

@@ -1,0 +1,70 @@
+"""Attention over keys and values, as functions of arrays: who sees whom, and the mixing."""
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.types import Array
+
+
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    is_visible: Array | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    sinks: Array | None = None,
+) -> Array:
+    """Softmax attention; H query heads share the key and value heads in equal runs (2305.13245).
+
+    Args:
+      query: `[B, Sq, H, Dh]`.
+      key: `[B, Sk, Hkv, Dh]`, H a multiple of Hkv.
+      value: `[B, Sk, Hkv, Dv]`.
+      is_visible: bool that broadcasts to `[B, H, Sq, Sk]`; None means that all is seen.
+      is_causal: whether query i sees keys up to i only, besides.
+      scale: factor on the scores; None for `Dh ** -0.5`.
+      sinks: `[H]` logit of a key that has no value, which may take attention from all others (gpt-oss, 2508.10925).
+
+    Returns:
+      `[B, Sq, H, Dv]` in the queries' dtype; the softmax is float32. A query that sees nothing gets something finite.
+    """
+    if sinks is None and value.shape[-1] == key.shape[-1]:
+        return jax.nn.dot_product_attention(query, key, value, mask=is_visible, is_causal=is_causal, scale=scale)
+    batch, num_queries, num_heads, width = query.shape
+    num_keys, num_kv_heads = key.shape[1:3]
+    grouped = query.reshape(batch, num_queries, num_kv_heads, num_heads // num_kv_heads, width)
+    scores = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, key, preferred_element_type=jnp.float32)
+    scores = (scores * (width**-0.5 if scale is None else scale)).reshape(batch, num_heads, num_queries, num_keys)
+    if is_causal:
+        is_past = jnp.tril(jnp.ones((num_queries, num_keys), bool))[None, None]
+        is_visible = is_past if is_visible is None else is_past & is_visible
+    if is_visible is not None:
+        scores = jnp.where(is_visible, scores, jnp.finfo(jnp.float32).min / 2)
+    top = scores.max(-1, keepdims=True)
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(1, -1, 1, 1)
+        top = jnp.maximum(top, sink)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    if sinks is not None:
+        total += jnp.exp(sink - top)
+    weights = (weights / total).astype(value.dtype).reshape(batch, num_kv_heads, -1, num_queries, num_keys)
+    return jnp.einsum("bhgqk,bkhd->bqhgd", weights, value).reshape(batch, num_queries, num_heads, value.shape[-1])
+
+
+def visible_keys(query_positions: Array, key_positions: Array, window: Array, chunk: Array) -> Array:
+    """Which keys a causal layer lets a query see.
+
+    Args:
+      query_positions: `[Bq, Sq]` int; Bq is B, or 1 for all alike.
+      key_positions: `[Sk]` int.
+      window: `[]` int, the last keys that are seen, the query's own included.
+      chunk: `[]` int; only keys of the query's own run of so many positions are seen (Llama 4).
+
+    Returns:
+      `[Bq, 1, Sq, Sk]` bool.
+    """
+    query, key = query_positions[:, None, :, None], key_positions[None, None, None, :]
+    return (key <= query) & (key > query - window) & (key // chunk == query // chunk)
