@@ -1,0 +1,26 @@
+"""Families of public models, one small file each: how its config is read and written, and the table of its tensors.
+
+To add one, write a `Family` and add it to the table below; the tests run over all of them.
+"""
+
+from moe_jax.checkpoints.families.family import Family
+from moe_jax.checkpoints.families.llama import LLAMA
+from moe_jax.checkpoints.families.mixtral import MIXTRAL
+from moe_jax.checkpoints.hub.hub_config import HubConfig
+from moe_jax.checkpoints.hub.tensor_files import HubError
+
+__all__ = ["FAMILIES", "Family", "family_of"]
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (MIXTRAL, LLAMA)}
+
+
+def family_of(hub: HubConfig) -> Family:
+    """The family that a `config.json` names.
+
+    Raises:
+      HubError: an unknown `model_type`; the message lists the known ones.
+    """
+    name = hub.get("model_type", str)
+    if name not in FAMILIES:
+        raise HubError(f"{hub.source}: model_type {name!r} is not supported; known: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[name]

@@ -1,0 +1,57 @@
+"""What a family of public models is: a way to read and write its config, and a table of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from moe_jax.checkpoints.hub.hub_config import HubConfig
+from moe_jax.checkpoints.hub.table import Entry
+from moe_jax.checkpoints.hub.tensor_files import HubError, Tensors
+from moe_jax.models.config import DecoderConfig
+
+
+def _as_it_is(tensors: Tensors, hub_config: Mapping[str, Any]) -> Tensors:
+    del hub_config
+    return tensors
+
+
+def _nothing(config: DecoderConfig) -> tuple[str, ...]:
+    del config
+    return ()
+
+
+class Family(NamedTuple):
+    """A family.
+
+    Attributes:
+      name: its `model_type`.
+      architecture: the class of `transformers` that runs it.
+      read: from `config.json` to our config; asks `HubConfig` for every key that it knows.
+      write: from our config to the keys of `config.json`, except those that every family has.
+      table: the tensors, for a config.
+      open: makes plain tensors of a checkpoint, given its `config.json`, for those that are stored packed.
+      ignored: beginnings and ends of tensor names that are left unread.
+    """
+
+    name: str
+    architecture: str
+    read: Callable[[HubConfig], DecoderConfig]
+    write: Callable[[DecoderConfig], dict[str, Any]]
+    table: Callable[[DecoderConfig], Iterable[Entry]]
+    open: Callable[[Tensors, Mapping[str, Any]], Tensors] = _as_it_is
+    ignored: Callable[[DecoderConfig], tuple[str, ...]] = _nothing
+
+    def refuses(self, config: DecoderConfig) -> str:
+        """Why the family cannot express a config: the first field that it would read back otherwise; or ""."""
+        try:
+            again = self.read(HubConfig(self.write(config)))
+        except (HubError, ValueError) as error:
+            return str(error)
+        for name, value in vars(config).items():
+            if name not in _OURS_ALONE and value != getattr(again, name):
+                return f"{name}={value!r} would become {getattr(again, name)!r}"
+        return ""
+
+
+_OURS_ALONE = {"backend", "stats_level", "bias_bins", "compute_dtype"}  # how we compute, not what

@@ -1,0 +1,118 @@
+"""Rotary positions in a `config.json`: `rope_parameters`, or `rope_theta` and `rope_scaling` in older ones."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from moe_jax.checkpoints.hub.hub_config import HubConfig
+from moe_jax.checkpoints.hub.tensor_files import HubError
+from moe_jax.models.config import DecoderConfig
+from moe_jax.ops.rotary import yarn_magnitude
+
+# Their names of the settings of each of our `ops.rotary.ROTARIES`, except the base.
+NAMES: dict[str, dict[str, str]] = {
+    "plain": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_factor",
+        "high_freq_factor": "high_factor",
+        "original_max_position_embeddings": "original_length",
+    },
+    "yarn": {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_length",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "truncate": "truncate",
+        "attention_factor": "magnitude",
+    },
+    "longrope": {
+        "short_factor": "short_factors",
+        "long_factor": "long_factors",
+        "original_max_position_embeddings": "original_length",
+        "short_mscale": "short_magnitude",
+        "long_mscale": "long_magnitude",
+    },
+}
+THEIRS = {"plain": "default"}
+
+
+def read_rotary(hub: HubConfig, default_base: float = 10_000.0) -> dict[str, Any]:
+    """The fields `rotary` and `rotary_settings`.
+
+    Raises:
+      HubError: a kind of rotary positions, or a parameter of one, that is not handled.
+    """
+    given = dict(hub.maybe("rope_parameters", dict) or {})
+    old = dict(hub.maybe("rope_scaling", dict) or {})
+    base = hub.maybe("rope_theta", float)
+    given = {**old, **given}
+    base = float(given.pop("rope_theta", base or default_base))
+    kind = given.pop("rope_type", given.pop("type", "default"))
+    given.pop("type", None)
+    given.pop("mrope_section", None)
+    name = {"default": "plain"}.get(kind, kind)
+    if name not in NAMES:
+        known = ", ".join(THEIRS.get(name, name) for name in NAMES)
+        raise HubError(f"{hub.source}: rotary positions of type {kind!r} are not supported; known: {known}")
+    share = float(given.pop("partial_rotary_factor", 1.0))
+    if (outer := hub.maybe("partial_rotary_factor", float)) is not None:
+        share = outer
+    settings: dict[str, Any] = {"base": base}
+    if name == "yarn":
+        given = _with_yarn_magnitude(given)
+    if name == "longrope":
+        given = _with_longrope_magnitude(hub, given)
+    for theirs, value in given.items():
+        if theirs not in NAMES[name]:
+            raise HubError(f"{hub.source}: parameter {theirs}={value!r} of {kind!r} rotary positions is not known")
+        if value is not None:
+            settings[NAMES[name][theirs]] = tuple(map(float, value)) if isinstance(value, list) else value
+    if share != 1:
+        settings["share"] = share
+    return {"rotary": name, "rotary_settings": settings}
+
+
+def write_rotary(config: DecoderConfig) -> dict[str, Any]:
+    """The key that `read_rotary` reads."""
+    settings = dict(config.rotary_settings)
+    written: dict[str, Any] = {"rope_type": THEIRS.get(config.rotary, config.rotary)}
+    written["rope_theta"] = settings.pop("base", 10_000.0)
+    if "share" in settings:
+        written["partial_rotary_factor"] = settings.pop("share")
+    ours = {name: theirs for theirs, name in NAMES[config.rotary].items()}
+    for name, value in settings.items():
+        written[ours[name]] = list(value) if isinstance(value, tuple) else value
+    return {"rope_parameters": written}
+
+
+def _with_yarn_magnitude(given: dict[str, Any]) -> dict[str, Any]:
+    """DeepSeek's two weights of the magnitude, as the magnitude that they come to; see `yarn_score_scale`."""
+    weight, weight_all = given.pop("mscale", None), given.pop("mscale_all_dim", None)
+    if given.get("attention_factor") is None and weight and weight_all:
+        factor = given["factor"]
+        given["attention_factor"] = yarn_magnitude(factor, weight) / yarn_magnitude(factor, weight_all)
+    return given
+
+
+def yarn_score_scale(hub: HubConfig, query_width: int) -> float:
+    """Factor on the scores of DeepSeek's attention, `magnitude(mscale_all_dim)^2 / sqrt(width)`; 0 for the usual."""
+    given = {**(hub.maybe("rope_scaling", dict) or {}), **(hub.maybe("rope_parameters", dict) or {})}
+    if not given.get("mscale_all_dim"):
+        return 0.0
+    return yarn_magnitude(given["factor"], given["mscale_all_dim"]) ** 2 * query_width**-0.5
+
+
+def _with_longrope_magnitude(hub: HubConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """The magnitude of both ranges, which follows from the lengths unless it is given (2402.13753, section 3.2)."""
+    original = given.setdefault(
+        "original_max_position_embeddings", hub.maybe("original_max_position_embeddings", int) or 4096
+    )
+    factor = given.pop("factor", None) or hub.count("max_position_embeddings", most=2**40) / original
+    usual = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    usual = given.pop("attention_factor", None) or usual
+    for key in ("short_mscale", "long_mscale"):
+        given.setdefault(key, usual)
+    return given

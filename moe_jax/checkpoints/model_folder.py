@@ -1,0 +1,340 @@
+"""A model on disk, in our layout: `model.json` says what it is, `weights.safetensors` holds its parameters by path.
+
+import   checkpoint of a family -> folder     one tensor at a time, into a file that is laid out beforehand
+export   folder -> checkpoint of its family   one shard at a time
+load     folder -> Decoder                    one parameter at a time, onto any sharding
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe_jax.checkpoints.families import FAMILIES, Family, family_of
+from moe_jax.checkpoints.hub.hub_config import HubConfig
+from moe_jax.checkpoints.hub.table import Binding, bind, import_tensors
+from moe_jax.checkpoints.hub.tensor_files import INDEX, Checkpoint, HubError, TensorFile, Tensors, TensorWriter
+from moe_jax.models.config import DecoderConfig
+from moe_jax.models.decoder import Decoder
+
+FACTS, WEIGHTS = "model.json", "weights.safetensors"
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "generation_config.json",
+    "chat_template.jinja",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+SHARD_BYTES = 5_000_000_000
+ShardFn = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+
+
+class ModelFacts(NamedTuple):
+    """What `model.json` holds.
+
+    Attributes:
+      config: the architecture.
+      family: a name in `families.FAMILIES`, or "" for a model that came from no checkpoint.
+      hub_config: the `config.json` that it came with.
+      dtype: of the checkpoint's matrices, which an export writes again.
+    """
+
+    config: DecoderConfig
+    family: str = ""
+    hub_config: Mapping[str, Any] = {}
+    dtype: str = "float32"
+
+
+def import_checkpoint(
+    source: str | Path | Tensors,
+    out: str | Path,
+    *,
+    hub_config: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    on_tensor: Callable[[str, int], None] | None = None,
+) -> ModelFacts:
+    """Makes a model folder of a checkpoint; the folder appears whole or not at all.
+
+    Args:
+      source: a folder with `config.json` and safetensors files, or tensors that `hub_config` describes.
+      out: the folder to make.
+      hub_config: the config, if the source is no folder.
+      dtype: of matrices in the folder; None keeps the checkpoint's. Routers and selection biases are float32.
+      on_tensor: called with each tensor's name and how many there are.
+
+    Raises:
+      HubError: an existing `out`, an unknown family, or anything in the checkpoint that does not fit.
+    """
+    out = Path(out)
+    if out.exists():
+        raise HubError(f"{out} exists already; delete it, or choose another folder")
+    folder = None if isinstance(source, Tensors) else Path(source)
+    read = HubConfig(hub_config or {}) if folder is None else HubConfig.load(folder / "config.json")
+    family = family_of(read)
+    config = family.read(read)
+    read.finish()
+    tensors = source if isinstance(source, Tensors) else family.open(Checkpoint(source), read.values)
+    stored = _stored_dtype(read.values, tensors)
+    bindings = bindings_of(family, config)
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}.part")
+    unfinished.mkdir(parents=True)
+    try:
+        writer = TensorWriter(unfinished / WEIGHTS, parameter_shapes(config, dtype or stored), {"format": "moe_jax"})
+        given = _untrained(config)
+        for path, value in given.items():
+            writer.arrays[path][...] = value
+        for name in import_tensors(tensors, bindings, writer.arrays, given.keys(), family.ignored(config)):
+            if on_tensor is not None:
+                on_tensor(name, len(bindings))
+        writer.close()
+        facts = ModelFacts(config, family.name, read.values, stored)
+        _write_facts(unfinished / FACTS, facts)
+        if folder is not None:
+            _copy_side_files(folder, unfinished)
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return facts
+
+
+def export_checkpoint(
+    folder: str | Path, out: str | Path, *, family: str | None = None, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes a model folder as a checkpoint that `transformers` opens; it appears whole or not at all.
+
+    Args:
+      folder: a model folder.
+      out: the folder to make.
+      family: a name in `FAMILIES`; None for the one that it came from, or else the first that can express it.
+      shard_bytes: size from which on the tensors are cut into several files.
+
+    Raises:
+      HubError: an existing `out`, or a model that no family, or not the one asked for, can express.
+    """
+    folder, out = Path(folder), Path(out)
+    if out.exists():
+        raise HubError(f"{out} exists already; delete it, or choose another folder")
+    facts = read_facts(folder)
+    chosen = _exporting_family(facts, family)
+    hub_config = dict(facts.hub_config) if chosen.name == facts.family else chosen.write(facts.config)
+    hub_config |= {"architectures": [chosen.architecture], "model_type": chosen.name, "dtype": facts.dtype}
+    hub_config.pop("quantization_config", None)  # it is written unpacked
+    weights = TensorFile(folder / WEIGHTS)
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}.part")
+    unfinished.mkdir(parents=True)
+    try:
+        _write_shards(unfinished, bindings_of(chosen, facts.config), weights, np.dtype(facts.dtype), shard_bytes)
+        (unfinished / "config.json").write_text(json.dumps(hub_config, indent=2) + "\n")
+        _copy_side_files(folder, unfinished)
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def load_model(folder: str | Path, *, sharding: ShardFn | None = None, **changes: Any) -> Decoder:
+    """Builds the model of a folder; each device reads its own part of the file.
+
+    Args:
+      folder: a model folder.
+      sharding: from a parameter's path and shape to where it should lie; None for the default device.
+      changes: fields of `DecoderConfig` to change that change no parameter, such as `compute_dtype` or `backend`.
+
+    Raises:
+      HubError: no model folder, or a damaged one.
+    """
+    facts, weights = read_facts(folder), TensorFile(Path(folder) / WEIGHTS)
+    config = dataclasses.replace(facts.config, **changes)
+    graphdef, shapes = _abstract(config)
+    leaves = []
+    for path, leaf in nnx.to_flat_state(shapes):
+        name = _name_of(path)
+        if name not in weights.names() or weights.shape(name) != leaf.shape:
+            raise HubError(f"{folder}/{WEIGHTS} has no {name} of shape {list(leaf.shape)}, which {FACTS} asks for")
+        array = weights.read(name)
+        if sharding is None:
+            value = jnp.array(array)
+        else:
+            value = jax.make_array_from_callback(array.shape, sharding(name, array.shape), array.__getitem__)
+        leaves.append((path, leaf.replace(value)))
+    return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+
+
+def save_model(model: Decoder, folder: str | Path, facts: ModelFacts | None = None) -> None:
+    """Writes a model of our own as a model folder, which appears whole or not at all.
+
+    Args:
+      model: its parameters are written in their dtypes.
+      folder: the folder to make.
+      facts: where it came from, if from a checkpoint.
+
+    Raises:
+      HubError: an existing folder.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise HubError(f"{folder} exists already; delete it, or choose another folder")
+    flat = {_name_of(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    unfinished.mkdir(parents=True)
+    try:
+        writer = TensorWriter(unfinished / WEIGHTS, flat, {"format": "moe_jax"})
+        for name, value in flat.items():
+            writer.arrays[name][...] = np.asarray(value)
+        writer.close()
+        _write_facts(unfinished / FACTS, facts or ModelFacts(model.config))
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def read_facts(folder: str | Path) -> ModelFacts:
+    """What a model folder says about itself.
+
+    Raises:
+      HubError: no model folder, or one with a damaged `model.json`.
+    """
+    path = Path(folder) / FACTS
+    if not path.is_file():
+        raise HubError(f"{folder} is no model folder: it has no {FACTS}; make one with moe-jax import")
+    try:
+        facts = json.loads(path.read_bytes())
+        config = DecoderConfig(**{key: _hashable(value) for key, value in facts["config"].items()})
+        return ModelFacts(config, facts["family"], facts["hub_config"], facts["dtype"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise HubError(f"{path} is damaged ({error}); import the model again") from error
+
+
+def bindings_of(family: Family, config: DecoderConfig) -> list[Binding]:
+    """Every tensor of a checkpoint with its place in ours."""
+    place = {
+        layer: (f"stacks/{stack}", layer - run.start) for stack, (_, run) in enumerate(config.runs) for layer in run
+    }
+    return list(bind(family.table(config), place))
+
+
+def parameter_shapes(config: DecoderConfig, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a model's arrays by path: `dtype` for all but routers and what is not trained."""
+    shapes = {}
+    for path, leaf in nnx.to_flat_state(_abstract(config)[1]):
+        keeps = "router" in path or not isinstance(leaf, nnx.Param)
+        shapes[_name_of(path)] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if keeps else jnp.dtype(dtype))
+    return shapes
+
+
+def _abstract(config: DecoderConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """A model's structure, and its arrays as shapes."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0))))
+
+
+def _name_of(path: Iterable[Any]) -> str:
+    return "/".join(map(str, path))
+
+
+def _copy_side_files(source: Path, out: Path) -> None:
+    """Takes the tokenizer along."""
+    for name in SIDE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+
+
+def _hashable(value: Any) -> Any:
+    """JSON's lists as tuples, within mappings too."""
+    if isinstance(value, dict):
+        return {key: _hashable(item) for key, item in value.items()}
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
+
+
+def _write_facts(path: Path, facts: ModelFacts) -> None:
+    config = {}
+    for field in dataclasses.fields(facts.config):
+        value = getattr(facts.config, field.name)
+        config[field.name] = dict(value) if isinstance(value, Mapping) else value
+    text = {"config": config, "family": facts.family, "hub_config": dict(facts.hub_config), "dtype": facts.dtype}
+    path.write_text(json.dumps(text, indent=2) + "\n")
+
+
+def _untrained(config: DecoderConfig) -> dict[str, np.ndarray]:
+    """What a new model carries besides parameters, by path: balance state and layer patterns."""
+
+    @jax.jit(compiler_options={"xla_backend_optimization_level": 0})
+    def initialise() -> nnx.State:  # the parameters that nothing returns are never drawn
+        return nnx.state(Decoder(config, key=jax.random.key(0)), nnx.Not(nnx.Param))
+
+    return {_name_of(path): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(initialise())}
+
+
+def _stored_dtype(hub_config: Mapping[str, Any], tensors: Tensors) -> str:
+    """The dtype that the checkpoint's config names, or that of most of its numbers."""
+    named = hub_config.get("dtype") or hub_config.get("torch_dtype")
+    if named in ("float32", "bfloat16", "float16"):
+        return named
+    sizes: dict[str, int] = {}
+    for name in tensors.names():
+        key = str(tensors.read(name).dtype)
+        sizes[key] = sizes.get(key, 0) + math.prod(tensors.shape(name))
+    return max(sizes, key=lambda key: sizes[key])
+
+
+def _exporting_family(facts: ModelFacts, name: str | None) -> Family:
+    """The family to write; every family refuses what it cannot express by reading back what it would write."""
+    name = name or facts.family
+    if name and name not in FAMILIES:
+        raise HubError(f"unknown family {name!r}; known: {', '.join(FAMILIES)}")
+    reasons = {}
+    for family in [FAMILIES[name]] if name else FAMILIES.values():
+        if reason := family.refuses(facts.config):
+            reasons[family.name] = reason
+        else:
+            return family
+    listed = "; ".join(f"{family}: {reason}" for family, reason in reasons.items())
+    raise HubError(f"no checkpoint can express this model: {listed}")
+
+
+def _write_shards(
+    folder: Path, bindings: list[Binding], weights: TensorFile, dtype: np.dtype, shard_bytes: int
+) -> None:
+    """Writes the tensors into files of about `shard_bytes`, with an index if there are several."""
+    shapes = {}
+    for binding in bindings:
+        exported = binding.export(weights.read(binding.path))
+        is_bias = binding.path.endswith("feed_forward/bias")  # of the selection, which checkpoints keep in float32
+        shapes[binding.theirs] = jax.ShapeDtypeStruct(exported.shape, exported.dtype if is_bias else dtype)
+    shards: list[dict[str, Any]] = [{}]
+    size = 0
+    for name, shape in shapes.items():
+        own = math.prod(shape.shape) * shape.dtype.itemsize
+        if shards[-1] and size + own > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = shape
+        size += own
+    by_name = {binding.theirs: binding for binding in bindings}
+    names = [
+        "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        for i in range(len(shards))
+    ]
+    for file, shard in zip(names, shards, strict=True):
+        writer = TensorWriter(folder / file, shard)
+        for name, target in writer.arrays.items():
+            target[...] = by_name[name].export(weights.read(by_name[name].path))
+        writer.close()
+    if len(shards) > 1:
+        places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        total = sum(math.prod(shape.shape) * shape.dtype.itemsize for shape in shapes.values())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
