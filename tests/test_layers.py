@@ -9,7 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent / "moe_jax"
 LAYERS = [
-    {"types", "trees"},
+    {"types", "trees", "errors"},
     {"ops"},
     {"routing", "dispatch", "losses"},
     {"nn"},

@@ -16,10 +16,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from moe_jax.errors import MendableError
 from moe_jax.types import ArrayTree
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(MendableError, RuntimeError):
     """A checkpoint that cannot be used as asked; the message names it and says what to do."""
 
 

@@ -7,13 +7,16 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from moe_jax.cli import report, rules, runs
-from moe_jax.runs import ConfigError, RunError
+from moe_jax.cli import export_model, import_model, inspect_model, report, rules, runs
+from moe_jax.errors import MendableError
+from moe_jax.runs import ConfigError
 
 _EXAMPLES = """examples:
   moe-jax runs                                          the runs below ./runs, newest first
   moe-jax report runs/evolve_topology/small-seed0       makes its report.html again
   moe-jax rules                                         the routing rules and what may be relied on
+  moe-jax import mistralai/Mixtral-8x7B-v0.1 models/m   opens a public checkpoint
+  moe-jax inspect models/m --text book.txt              what it is, and how it routes a text
 
 Experiments are modules of their own: python -m experiments.evolve_topology --help
 """
@@ -29,16 +32,19 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit code: 0, or 2 after an error that the caller can mend, which is one line on stderr.
     """
     parser = _Parser(
-        prog="moe-jax", description="Looks after runs and lists what there is.", epilog=_EXAMPLES, allow_abbrev=False
+        prog="moe-jax",
+        description="Looks after runs and models, and lists what there is.",
+        epilog=_EXAMPLES,
+        allow_abbrev=False,
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (runs, report, rules):
+    for command in (runs, report, rules, import_model, export_model, inspect_model):
         command.add_command(commands)
     try:
         arguments = parser.parse_args(argv)
         arguments.run(arguments)
-    except (ConfigError, RunError) as error:
+    except MendableError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -12,15 +12,15 @@ from flax.core import FrozenDict
 
 from moe_jax.nn.attention import Attention, Rotation
 from moe_jax.nn.expert_stack import Setting
-from moe_jax.nn.experts import get_expert_kind
+from moe_jax.nn.experts import EXPERTS, get_expert_kind
 from moe_jax.nn.latent_attention import LatentAttention
 from moe_jax.nn.moe import StatsLevel
 from moe_jax.nn.norms import NORMS
-from moe_jax.nn.routers import get_router
+from moe_jax.nn.routers import ROUTERS, get_router
 from moe_jax.nn.soft_moe import get_soft_router
 from moe_jax.nn.zero_compute import ZeroComputeKind
 from moe_jax.ops.rotary import ROTARIES
-from moe_jax.routing import check_rule, get_rule
+from moe_jax.routing import check_rule, get_rule, rule_settings
 from moe_jax.routing.rule import check_settings, settings_of
 from moe_jax.types import Array
 
@@ -229,6 +229,18 @@ class DecoderConfig:
             runs.append((kind, range(start, stop)))
             start = stop
         return runs
+
+
+def spelled_out(config: DecoderConfig) -> dict[str, dict[str, Any]]:
+    """The settings of a config by field, with the defaults of those that it does not mention."""
+    defaults = {
+        "attention_settings": settings_of(ATTENTIONS[config.attention].__init__),
+        "rotary_settings": settings_of(ROTARIES[config.rotary]) | {"share": 1.0},
+        "expert_settings": settings_of(EXPERTS[config.expert]),
+        "router_settings": settings_of(ROUTERS[config.router].__init__),
+        "rule_settings": {} if config.is_soft else rule_settings(get_rule(config.rule)),
+    }
+    return {name: known | dict(getattr(config, name)) for name, known in defaults.items()}
 
 
 def make_router(config: DecoderConfig) -> Callable[..., Any]:

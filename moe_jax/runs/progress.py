@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from moe_jax.errors import MendableError
 from moe_jax.runs.files import read_json
 
 
-class RunError(RuntimeError):
+class RunError(MendableError, RuntimeError):
     """A run that cannot start or go on; the message is one line and says what to do."""
 
 

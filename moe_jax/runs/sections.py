@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 
 from ml_collections import ConfigDict
 
+from moe_jax.errors import MendableError
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _T = TypeVar("_T", bound="DataclassInstance")
 
 
-class ConfigError(ValueError):
+class ConfigError(MendableError, ValueError):
     """A configuration that the person who wrote it can mend; the message is one line."""
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from moe_jax.checkpoints.hub.hub_config import HubConfig
 from moe_jax.checkpoints.hub.table import Entry
 from moe_jax.checkpoints.hub.tensor_files import HubError, Tensors
-from moe_jax.models.config import DecoderConfig
+from moe_jax.models.config import DecoderConfig, spelled_out
 
 
 def _as_it_is(tensors: Tensors, hub_config: Mapping[str, Any]) -> Tensors:
@@ -48,10 +48,17 @@ class Family(NamedTuple):
             again = self.read(HubConfig(self.write(config)))
         except (HubError, ValueError) as error:
             return str(error)
-        for name, value in vars(config).items():
-            if name not in _OURS_ALONE and value != getattr(again, name):
-                return f"{name}={value!r} would become {getattr(again, name)!r}"
-        return ""
+        idle = _OURS_ALONE | _without_effect(config)
+        wanted, got = vars(config) | spelled_out(config), vars(again) | spelled_out(again)
+        differing = [name for name in wanted if name not in idle and wanted[name] != got[name]]
+        return f"{differing[0]}={wanted[differing[0]]!r} would become {got[differing[0]]!r}" if differing else ""
 
 
 _OURS_ALONE = {"backend", "stats_level", "bias_bins", "compute_dtype"}  # how we compute, not what
+_OF_EXPERTS = {"num_experts", "expert_hidden", "num_choices", "rule", "rule_settings", "router", "router_settings"}
+
+
+def _without_effect(config: DecoderConfig) -> set[str]:
+    """Fields about kinds of layers that the model does not have."""
+    idle = set() if "dense" in config.layers else {"dense_hidden"}
+    return idle if "moe" in config.layers else idle | _OF_EXPERTS

@@ -16,6 +16,8 @@ from typing import Any, Protocol, runtime_checkable
 import ml_dtypes
 import numpy as np
 
+from moe_jax.errors import MendableError
+
 DTYPES = MappingProxyType(
     {
         "F64": np.float64,
@@ -36,7 +38,7 @@ INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
 
 
-class HubError(ValueError):
+class HubError(MendableError, ValueError):
     """A checkpoint that cannot be used as asked; the message names the file and says what to do."""
 
 
