@@ -2,7 +2,7 @@
 
 Each contestant is trained from several seeds on the same batches; the table gives bits per byte on the test split, the
 difference to the reference paired by document, how evenly experts are loaded, what a capacity of 1.25 would drop, how
-many assignments still change late in training (churn), and the time of a step.
+many assignments still change late in training (churn), and the time of a step beside the reference's, in turns.
 
 Examples:
   python -m experiments.router_tournament
@@ -12,7 +12,9 @@ Examples:
 """
 
 import dataclasses
+import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from experiments.timing import measure_interleaved, summarize
 from experiments.topology_model import model_state, read_text
 from moe_jax.analysis import max_violation
 from moe_jax.data import DataConfig, pack, train_batches
@@ -37,10 +40,11 @@ from moe_jax.runs.bars import bar, progress_display
 from moe_jax.training.evaluation import LOG2, compare_losses, make_evaluator
 from moe_jax.training.loop import train
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
-from moe_jax.training.step import LossConfig, TrainState, init_state, make_train_step
+from moe_jax.training.step import LossConfig, TrainState, TrainStep, init_state, make_train_step
 
 DENSE = "dense twin"
 CAPACITY = 1.25
+REPEATS = 15  # timed steps of each contestant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +76,9 @@ def entries_of(config: ConfigDict) -> list[Entry]:
 class Tournament:
     """What all contestants share: text, settings, the run's folder."""
 
-    def __init__(self, run: RunFolder, display: Progress):
+    def __init__(self, run: RunFolder, display: Progress, reference: Entry):
         """Reads the text."""
-        config = run.config
+        config, self.reference = run.config, reference
         self.run, self.display = run, display
         self.data = section(DataConfig, config.data, "config.data")
         self.optimizer = section(OptimizerConfig, config.optimizer, "config.optimizer")
@@ -85,27 +89,60 @@ class Tournament:
         self.test = pack(self.splits["test"], length, context=length // 4)
         self.probe = pack(self.splits["selection"], length)
 
-    def play(self, entry: Entry) -> list[dict[str, Any]]:
-        """Trains and measures all seeds of a contestant, those left by an earlier process excepted."""
+    def play(self, entry: Entry) -> dict[str, Any]:
+        """Trains and measures all seeds of a contestant, those left by an earlier process excepted.
+
+        Returns:
+          `seeds`, what `_train` gives of each, and `time`, the figures of `timing.summarize` against the reference.
+        """
         path = self.run.path / "stages" / f"{entry.name.replace(' ', '_')}.json"
-        done = read_json(path) if path.is_file() else []
-        if len(done) == self.num_seeds:
+        done = read_json(path) if path.is_file() else {"seeds": []}
+        if "time" in done:
             return done
-        optimizer = make_optimizer(self.optimizer, self.steps)
-        keys = [jax.random.fold_in(self.model_key, seed) for seed in range(self.num_seeds)]
-        graphdef, _ = init_state(lambda key: Decoder(entry.model, key=key), keys[0], optimizer)
-        step = make_train_step(graphdef, optimizer, entry.loss, self.noise_key)
-        for key in keys[len(done) :]:
-            _, state = init_state(lambda key: Decoder(entry.model, key=key), key, optimizer)
-            done.append(self._train(entry, f"{entry.name}, seed {len(done)}", graphdef, state, step))
+        graphdef, step = self._program(entry)
+        for seed in range(len(done["seeds"]), self.num_seeds):
+            state = self._start(entry, seed)
+            done["seeds"].append(self._train(entry, f"{entry.name}, seed {seed}", graphdef, state, step))
             write_json(path, done)
-        return done
+        calls = {"own": self._step_call(entry, step), "reference": self._reference_call}
+        samples = measure_interleaved(calls, REPEATS)
+        write_json(path, done | {"time": summarize(samples["own"], samples["reference"])})
+        return read_json(path)
+
+    def _program(self, entry: Entry) -> tuple[nnx.GraphDef, TrainStep]:
+        """The structure of a contestant's model, and its training step."""
+        optimizer = make_optimizer(self.optimizer, self.steps)
+        graphdef, _ = init_state(lambda key: Decoder(entry.model, key=key), self.model_key, optimizer)
+        return graphdef, make_train_step(graphdef, optimizer, entry.loss, self.noise_key)
+
+    def _start(self, entry: Entry, seed: int) -> TrainState:
+        """The state that a seed's training starts from."""
+        optimizer = make_optimizer(self.optimizer, self.steps)
+        return init_state(
+            lambda key: Decoder(entry.model, key=key), jax.random.fold_in(self.model_key, seed), optimizer
+        )[1]
+
+    def _step_call(self, entry: Entry, step: TrainStep) -> Callable[[], None]:
+        """What trains one more step when called."""
+        compiled, states = jax.jit(step, donate_argnums=0), [self._start(entry, 0)]
+        batch = next(iter(train_batches(self.splits["train"], self.data, self.batch_key, 0, 1)))
+
+        def call() -> None:
+            states[0], _ = compiled(states[0], batch.tokens, batch.mask, None)
+            jax.block_until_ready(states[0])
+
+        return call
+
+    @functools.cached_property
+    def _reference_call(self) -> Callable[[], None]:
+        """A step of the reference."""
+        return self._step_call(self.reference, self._program(self.reference)[1])
 
     def _train(self, entry: Entry, title: str, graphdef: nnx.GraphDef, state: TrainState, step: Any) -> dict[str, Any]:
         """One seed: trains, notes the routing at 90 % and at the end, and measures."""
         inputs, mask = self.probe.tokens[:, :-1].astype(np.int32), self.probe.mask[:, :-1]
         model_graphdef = nnx.graphdef(nnx.merge(graphdef, state.params, state.balance))
-        plans, ends = [], [time.perf_counter()]
+        plans, start = [], time.perf_counter()
 
         @jax.jit
         def plan_of(state: nnx.State) -> Any:
@@ -118,7 +155,6 @@ class Tournament:
         with bar(self.display, title, self.steps) as progress:
 
             def record(number: int, metrics: dict[str, np.ndarray]) -> None:
-                ends.append(time.perf_counter())
                 progress.show(number, f"{metrics['cross_entropy'] / LOG2:.2f} bits/byte")
 
             batches = train_batches(self.splits["train"], self.data, self.batch_key, 0, self.steps)
@@ -128,22 +164,25 @@ class Tournament:
         result = {
             "bits_per_byte": float(nll.sum() / targets.sum() / LOG2),
             "nll": [float(x) for x in nll],
-            "step_ms": float(1e3 * np.median(np.diff(ends))),
-            "seconds": ends[-1] - ends[0],
+            "seconds": time.perf_counter() - start,
         }
-        return result | (measure_routing(plans, entry.model.num_experts) if plans else {})
+        num_true = entry.model.num_experts - entry.model.rule_settings.get("num_null", 0)
+        return result | (measure_routing(plans, num_true) if plans else {})
 
 
 def measure_routing(plans: list[np.ndarray], num_experts: int) -> dict[str, float]:
     """Statistics of `[L, T, K]` plans of one text, the last two of a training; means over layers.
 
     Returns:
-      `choices` experts a token, `max_violation`, `over_capacity` (share of the assignments that a capacity factor of
-      1.25 would drop) and `churn` (share of the assignments of either plan that the other does not have).
+      `choices` experts a token, and where a token has any, `max_violation`, `over_capacity` (share of the assignments
+      that a capacity factor of 1.25 would drop) and `churn` (share of the assignments of either plan that the other
+      does not have).
     """
     names = np.arange(num_experts)
     before, after = ((plan[..., None] == names).any(2) for plan in plans[-2:])  # [L, T, E]
     counts = after.sum(1)
+    if not counts.any(1).all():
+        return {"choices": float(after.sum(2).mean())}
     room = CAPACITY * counts.mean(1, keepdims=True)
     return {
         "choices": float(after.sum(2).mean()),
@@ -153,17 +192,18 @@ def measure_routing(plans: list[np.ndarray], num_experts: int) -> dict[str, floa
     }
 
 
-def summarise(tournament: Tournament, entries: list[Entry], played: dict[str, list[dict]]) -> dict[str, Any]:
+def summarise(tournament: Tournament, entries: list[Entry], played: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The results, best first, each with its paired difference to the reference."""
     test, config = tournament.test, tournament.run.config
     targets = test.is_scored.sum(1)
-    mean_nll = {name: np.mean([seed["nll"] for seed in seeds], axis=0) for name, seeds in played.items()}
+    mean_nll = {name: np.mean([seed["nll"] for seed in done["seeds"]], axis=0) for name, done in played.items()}
     rows = []
     for entry in entries:
-        seeds = played[entry.name]
+        seeds = played[entry.name]["seeds"]
         row = {"name": entry.name, "bits_per_byte": [seed["bits_per_byte"] for seed in seeds]}
-        for key in ("step_ms", "choices", "max_violation", "over_capacity", "churn"):
-            if key in seeds[0]:
+        row |= {"step_ms": played[entry.name]["time"]["ms"], "step_ratio": played[entry.name]["time"]["ratio"]}
+        for key in ("choices", "max_violation", "over_capacity", "churn"):
+            if all(key in seed for seed in seeds):
                 row[key] = float(np.mean([seed[key] for seed in seeds]))
         choices = [row["choices"]] * entry.model.num_moe_layers if "choices" in row else None
         cost = model_cost(entry.model, tournament.data.sequence_length, choices)
@@ -187,7 +227,7 @@ def print_table(console: Console, results: dict[str, Any]) -> None:
     title = f"Test split after {results['steps']} steps, means over seeds; reference: {results['reference']}"
     table = Table(title=title, title_justify="left", box=SIMPLE)
     table.add_column("rule", no_wrap=True)
-    for column in ("bits/byte", "vs reference [95 %]", "experts", "MaxVio", "over", "churn", "ms/step"):
+    for column in ("bits/byte", "vs reference [95 %]", "experts", "MaxVio", "over", "churn", "step"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in results["rows"]:
         difference = ""
@@ -198,7 +238,7 @@ def print_table(console: Console, results: dict[str, Any]) -> None:
             f"{row[key]:.2f}" if key in row else "" for key in ("choices", "max_violation", "over_capacity", "churn")
         ]
         table.add_row(
-            row["name"], f"{np.mean(row['bits_per_byte']):.3f}", difference, *numbers, f"{row['step_ms']:.0f}"
+            row["name"], f"{np.mean(row['bits_per_byte']):.3f}", difference, *numbers, f"{row['step_ratio']:.2f}"
         )
     console.print(table)
 
@@ -211,7 +251,8 @@ def main(command: Command) -> None:
         entries = entries_of(command.config)
         if not run.is_finished:
             with progress_display() as display:
-                tournament = Tournament(run, display)
+                reference = next(entry for entry in entries if entry.name == command.config.reference)
+                tournament = Tournament(run, display, reference)
                 played = {}
                 for index, entry in enumerate(entries):
                     played[entry.name] = tournament.play(entry)

@@ -42,6 +42,7 @@ def test_routing_measures_by_hand():
     before, after = np.array([[[0, 1], [2, 3]]]), np.array([[[0, 1], [1, 3]]])
     measured = measure_routing([before, after], 3)
     assert measured == pytest.approx({"choices": 1.5, "max_violation": 1.0, "over_capacity": 0.25, "churn": 0.5})
+    assert measure_routing([before, np.full((1, 2, 2), 3)], 3) == {"choices": 0.0}  # a rule that starves every token
 
 
 def test_the_quick_tournament_differs_in_length_only():
