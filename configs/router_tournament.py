@@ -26,7 +26,7 @@ def _entries(num_experts: int, num_choices: int, hidden: int) -> dict:
     """Rule by rule, so that a token uses K experts of width F, or is steered to on average.
 
     One expert a token gets the hidden width of all K. Half of 2E columns null, 2K choices make K true ones when
-    balanced. `fixed_threshold` alone takes what it takes.
+    balanced, which takes a larger weight (at 0.01 tokens end with 3.2). `fixed_threshold` alone takes what it takes.
     """
     two_k = 2 * num_choices
     steered = {"num_choices": two_k, "rule_settings": {"target": float(num_choices)}}
@@ -56,8 +56,8 @@ def _entries(num_experts: int, num_choices: int, hidden: int) -> dict:
         "relu": {"loss": {"balance": 0.0}},
         "free_energy_top_k": {"model": steered},
         "entropy_top_k": {"model": steered},
-        "null_experts": {"model": half_null},
-        "null_experts_renormalized": {"model": half_null},
+        "null_experts": {"model": half_null, "loss": {"balance": 0.2}},
+        "null_experts_renormalized": {"model": half_null, "loss": {"balance": 0.2}},
         "hash": {"loss": {"balance": 0.0}},
         "random": {"loss": {"balance": 0.0}},
         "forced_uniform": {"loss": {"balance": 0.0}},

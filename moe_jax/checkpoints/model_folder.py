@@ -8,11 +8,12 @@ load     folder -> Decoder                    one parameter at a time, onto any 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +23,13 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.checkpoints.families import FAMILIES, Family, family_of
+from moe_jax.checkpoints.hub.download import locate
 from moe_jax.checkpoints.hub.hub_config import HubConfig
 from moe_jax.checkpoints.hub.table import Binding, bind, import_tensors
 from moe_jax.checkpoints.hub.tensor_files import INDEX, Checkpoint, HubError, TensorFile, Tensors, TensorWriter
 from moe_jax.models.config import DecoderConfig
 from moe_jax.models.decoder import Decoder
+from moe_jax.models.structure import array_shapes, fill_decoder, named_arrays, untrained_arrays
 
 FACTS, WEIGHTS = "model.json", "weights.safetensors"
 SIDE_FILES = (
@@ -95,7 +98,7 @@ def import_checkpoint(
     unfinished.mkdir(parents=True)
     try:
         writer = TensorWriter(unfinished / WEIGHTS, parameter_shapes(config, dtype or stored), {"format": "moe_jax"})
-        given = _untrained(config)
+        given = untrained_arrays(config)
         for path, value in given.items():
             writer.arrays[path][...] = value
         for name in import_tensors(tensors, bindings, writer.arrays, given.keys(), family.ignored(config)):
@@ -110,6 +113,28 @@ def import_checkpoint(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return facts
+
+
+def find_model(name: str | Path) -> Path:
+    """The model folder of that name; a checkpoint is imported into the user's cache folder first.
+
+    Args:
+      name: a model folder, a checkpoint's folder, or a name on the Hugging Face hub.
+
+    Raises:
+      HubError: as `locate` and `import_checkpoint`.
+    """
+    folder = locate(name)
+    if (folder / FACTS).is_file():
+        return folder
+    files = sorted([folder / "config.json", *folder.glob("*.safetensors")])
+    state = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
+    digest = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "moe_jax" / "models"
+    imported = cache / f"{folder.resolve().name}-{digest}"
+    if not imported.exists():
+        import_checkpoint(folder, imported)
+    return imported
 
 
 def export_checkpoint(
@@ -146,11 +171,14 @@ def export_checkpoint(
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def load_model(folder: str | Path, *, sharding: ShardFn | None = None, **changes: Any) -> Decoder:
+def load_model(
+    folder: str | Path, *, dtype: str | None = None, sharding: ShardFn | None = None, **changes: Any
+) -> Decoder:
     """Builds the model of a folder; each device reads its own part of the file.
 
     Args:
       folder: a model folder.
+      dtype: of the matrices; None keeps the folder's. What is float32 for a reason, routers and balance, stays.
       sharding: from a parameter's path and shape to where it should lie; None for the default device.
       changes: fields of `DecoderConfig` to change that change no parameter, such as `compute_dtype` or `backend`.
 
@@ -159,19 +187,23 @@ def load_model(folder: str | Path, *, sharding: ShardFn | None = None, **changes
     """
     facts, weights = read_facts(folder), TensorFile(Path(folder) / WEIGHTS)
     config = dataclasses.replace(facts.config, **changes)
-    graphdef, shapes = _abstract(config)
-    leaves = []
-    for path, leaf in nnx.to_flat_state(shapes):
-        name = _name_of(path)
-        if name not in weights.names() or weights.shape(name) != leaf.shape:
-            raise HubError(f"{folder}/{WEIGHTS} has no {name} of shape {list(leaf.shape)}, which {FACTS} asks for")
-        array = weights.read(name)
-        if sharding is None:
-            value = jnp.array(array)
-        else:
-            value = jax.make_array_from_callback(array.shape, sharding(name, array.shape), array.__getitem__)
-        leaves.append((path, leaf.replace(value)))
-    return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+    targets = parameter_shapes(config, dtype or "float32")
+
+    def array_of(path: str, leaf: nnx.Variable) -> jax.Array:
+        if path not in weights.names() or weights.shape(path) != leaf.shape:
+            raise HubError(f"{folder}/{WEIGHTS} has no {path} of shape {list(leaf.shape)}, which {FACTS} asks for")
+        array = weights.read(path)
+        target = array.dtype if dtype is None else targets[path].dtype
+        return _put(array, target, None if sharding is None else sharding(path, array.shape))
+
+    return fill_decoder(config, array_of)
+
+
+def _put(array: np.ndarray, dtype: np.dtype, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """An array of the file on its device, or each part of it on its own."""
+    if sharding is None:
+        return jnp.array(array, dtype)
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part].astype(dtype))
 
 
 def save_model(model: Decoder, folder: str | Path, facts: ModelFacts | None = None) -> None:
@@ -188,7 +220,7 @@ def save_model(model: Decoder, folder: str | Path, facts: ModelFacts | None = No
     folder = Path(folder)
     if folder.exists():
         raise HubError(f"{folder} exists already; delete it, or choose another folder")
-    flat = {_name_of(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    flat = named_arrays(model)
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     unfinished.mkdir(parents=True)
     try:
@@ -230,19 +262,10 @@ def bindings_of(family: Family, config: DecoderConfig) -> list[Binding]:
 def parameter_shapes(config: DecoderConfig, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a model's arrays by path: `dtype` for all but routers and what is not trained."""
     shapes = {}
-    for path, leaf in nnx.to_flat_state(_abstract(config)[1]):
-        keeps = "router" in path or not isinstance(leaf, nnx.Param)
-        shapes[_name_of(path)] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if keeps else jnp.dtype(dtype))
+    for path, leaf in array_shapes(config).items():
+        keeps = "/router/" in path or not isinstance(leaf, nnx.Param)
+        shapes[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if keeps else jnp.dtype(dtype))
     return shapes
-
-
-def _abstract(config: DecoderConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """A model's structure, and its arrays as shapes."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0))))
-
-
-def _name_of(path: Iterable[Any]) -> str:
-    return "/".join(map(str, path))
 
 
 def _copy_side_files(source: Path, out: Path) -> None:
@@ -266,16 +289,6 @@ def _write_facts(path: Path, facts: ModelFacts) -> None:
         config[field.name] = dict(value) if isinstance(value, Mapping) else value
     text = {"config": config, "family": facts.family, "hub_config": dict(facts.hub_config), "dtype": facts.dtype}
     path.write_text(json.dumps(text, indent=2) + "\n")
-
-
-def _untrained(config: DecoderConfig) -> dict[str, np.ndarray]:
-    """What a new model carries besides parameters, by path: balance state and layer patterns."""
-
-    @jax.jit(compiler_options={"xla_backend_optimization_level": 0})
-    def initialise() -> nnx.State:  # the parameters that nothing returns are never drawn
-        return nnx.state(Decoder(config, key=jax.random.key(0)), nnx.Not(nnx.Param))
-
-    return {_name_of(path): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(initialise())}
 
 
 def _stored_dtype(hub_config: Mapping[str, Any], tensors: Tensors) -> str:
