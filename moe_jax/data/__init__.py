@@ -1,5 +1,7 @@
 """Text as bytes: documents by domain, disjoint splits, batches in a reproducible order, and a byte n-gram baseline.
 
+Text as tokens of other models: `open_tokenizer`, with chat templates and streams.
+
 documents = load_documents(config)
 splits = split_documents(documents, config)
 batches = train_batches(splits["train"], config, key, start_step=0, num_steps=1000)
@@ -12,8 +14,10 @@ from moe_jax.data.batches import Batch, train_batches
 from moe_jax.data.config import DataConfig
 from moe_jax.data.documents import Document, domain_names, drop_duplicates
 from moe_jax.data.sequences import Sequences, balanced_subset, pack
+from moe_jax.data.smollm2 import fetch_smollm2
 from moe_jax.data.sources import BUILT_IN, load_documents
 from moe_jax.data.splits import SPLITS, describe_splits, split_documents
+from moe_jax.data.tokenizer import TextStream, TextTokenizer, byte_tokenizer, open_tokenizer
 
 __all__ = [
     "BUILT_IN",
@@ -22,12 +26,17 @@ __all__ = [
     "DataConfig",
     "Document",
     "Sequences",
+    "TextStream",
+    "TextTokenizer",
     "balanced_subset",
+    "byte_tokenizer",
     "describe_splits",
     "domain_names",
     "drop_duplicates",
+    "fetch_smollm2",
     "load_documents",
     "ngram",
+    "open_tokenizer",
     "pack",
     "split_documents",
     "train_batches",
