@@ -3,6 +3,8 @@
 To add one, write a `Family` and add it to the table below; the tests run over all of them.
 """
 
+from moe_jax.checkpoints.families.deepseek_v2 import DEEPSEEK_V2
+from moe_jax.checkpoints.families.deepseek_v3 import DEEPSEEK_V3
 from moe_jax.checkpoints.families.family import Family
 from moe_jax.checkpoints.families.llama import LLAMA
 from moe_jax.checkpoints.families.mixtral import MIXTRAL
@@ -11,7 +13,14 @@ from moe_jax.checkpoints.hub.tensor_files import HubError
 
 __all__ = ["FAMILIES", "Family", "family_of"]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (MIXTRAL, LLAMA)}
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        *(DEEPSEEK_V2, DEEPSEEK_V3),
+        MIXTRAL,
+        LLAMA,
+    )
+}
 
 
 def family_of(hub: HubConfig) -> Family:
