@@ -104,6 +104,7 @@ CASES = {
                 }
             },
             "linear rotary": {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}},
+            "biases": {"attention_bias": True},
         },
     ),
     "mixtral": (
@@ -114,6 +115,65 @@ CASES = {
             "window": {"sliding_window": 5},
             "tied, one choice": {"tie_word_embeddings": True, "num_experts_per_tok": 1},
             "multi-query, head width": {"num_key_value_heads": 1, "head_dim": 12},
+        },
+    ),
+    "qwen3": (
+        "Qwen3",
+        {"head_dim": 12},
+        {
+            "plain": {"use_sliding_window": False, "sliding_window": 5},
+            "tied, biases": {"tie_word_embeddings": True, "attention_bias": True},
+            "last layers windowed": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+            "yarn": {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "rope_theta": 500.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                }
+            },
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 10, "head_dim": 12},
+        {
+            "plain": {},
+            "renormalised, tied": {"norm_topk_prob": True, "tie_word_embeddings": True, "num_experts_per_tok": 3},
+            "every other layer sparse, window": {
+                "decoder_sparse_step": 2,
+                "use_sliding_window": True,
+                "sliding_window": 5,
+            },
+            "dense layers by name, biases": {"mlp_only_layers": [0, 2], "attention_bias": True, "norm_topk_prob": True},
+        },
+    ),
+    "olmoe": (
+        "Olmoe",
+        {"num_experts": 6, "num_experts_per_tok": 2, "eos_token_id": 2},
+        {
+            "plain": {},
+            "renormalised, all heads alike": {"norm_topk_prob": True, "num_key_value_heads": 4},
+            "clipped, biases": {"clip_qkv": 0.4, "attention_bias": True},
+        },
+    ),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 10,
+            "shared_expert_intermediate_size": 14,
+        },
+        {
+            "plain": {},
+            "renormalised, tied, no biases": {"norm_topk_prob": True, "tie_word_embeddings": True, "qkv_bias": False},
+            "windows, dense layers": {
+                "use_sliding_window": True,
+                "sliding_window": 5,
+                "max_window_layers": 2,
+                "mlp_only_layers": [1],
+            },
         },
     ),
 }
