@@ -1,5 +1,7 @@
 """Imported checkpoints against `transformers`: logits, router logits, chosen experts, and the way back."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,21 +27,31 @@ def some_tokens():
 
 
 def their_logits(model, tokens, mask):
-    """Logits `[B, S, V]`, and what each router gave: `[B, S, E]` logits, one for each MoE layer."""
+    """Logits `[B, S, V]`, and for each MoE layer its routers' logits `[B, S, E]`, experts and gates `[B, S, K]`."""
     import torch
 
-    seen = []
-    hooks = [
-        module.register_forward_hook(lambda module, args, output: seen.append(output))
-        for name, module in model.named_modules()
-        if name.endswith((".gate", ".router")) and "experts" not in name
-    ]
+    routers, chosen, hooks = [], [], []
+    for name, module in model.named_modules():
+        if name.endswith((".gate", ".router")) and "experts" not in name:
+            hooks.append(module.register_forward_hook(lambda module, args, output: routers.append(output)))
+        elif name.endswith(".experts"):  # called with tokens, experts, gates
+            hooks.append(module.register_forward_pre_hook(lambda module, args: chosen.append(args[1:])))
     with torch.no_grad():
         logits = model(torch.tensor(tokens), attention_mask=torch.tensor(mask).long()).logits.numpy()
     for hook in hooks:
         hook.remove()
-    outputs = [output[0] if isinstance(output, tuple) else output for output in seen]
-    return logits, [output.float().reshape(*tokens.shape, -1).numpy() for output in outputs]
+
+    def of_tokens(outputs):
+        return [output.reshape(*tokens.shape, -1).numpy() for output in outputs]
+
+    routers = of_tokens([output[0] if isinstance(output, tuple) else output for output in routers])
+    return logits, routers, of_tokens([ids for ids, _ in chosen]), of_tokens([gates for _, gates in chosen])
+
+
+def in_order_of_experts(ids, gates):
+    """Both `[L, T, K]`, a token's experts in ascending order."""
+    order = np.argsort(ids, axis=-1)
+    return np.take_along_axis(np.asarray(ids), order, -1), np.take_along_axis(np.asarray(gates), order, -1)
 
 
 @pytest.mark.parity
@@ -51,22 +63,27 @@ def test_import_equals_transformers_and_goes_back(family, case, tmp_path):
     model.save_pretrained(tmp_path / "theirs")
     import_checkpoint(tmp_path / "theirs", tmp_path / "ours")
     tokens, mask = some_tokens()
-    expected, routers = their_logits(model, tokens, mask)
+    expected, routers, chosen, gates = their_logits(model, tokens, mask)
     ours = load_model(tmp_path / "ours")
     logits, routed = jax.jit(lambda model, *args: model(*args, trace="full"))(
         ours, jnp.asarray(tokens), jnp.asarray(mask)
     )
     np.testing.assert_allclose(logits[mask], expected[mask], atol=2e-5)
-    assert len(routers) == ours.config.num_moe_layers
+    assert len(routers) == len(chosen) == ours.config.num_moe_layers
     if routers:
-        theirs = np.stack(routers)[:, mask]
-        np.testing.assert_allclose(routed.logits[:, mask.ravel()], theirs, atol=2e-5)
+        np.testing.assert_allclose(routed.logits[:, mask.ravel()], np.stack(routers)[:, mask], atol=2e-5)
+        plan = (array[:, mask.ravel()] for array in (routed.plan.expert_ids, routed.plan.gates))
+        our_ids, our_gates = in_order_of_experts(*plan)
+        their_ids, their_gates = in_order_of_experts(np.stack(chosen)[:, mask], np.stack(gates)[:, mask])
+        np.testing.assert_array_equal(our_ids, their_ids)
+        np.testing.assert_allclose(our_gates, their_gates, atol=2e-5)
 
     export_checkpoint(tmp_path / "ours", tmp_path / "again", shard_bytes=20_000)
     again = getattr(transformers, type(model).__name__).from_pretrained(tmp_path / "again", attn_implementation="eager")
     if routers:
         again.set_experts_implementation("eager")
-    np.testing.assert_array_equal(their_logits(again.eval(), tokens, mask)[0], expected)
+    again = copy.deepcopy(again.eval())  # torch rounds otherwise where a file's tensors are not aligned
+    np.testing.assert_array_equal(their_logits(again, tokens, mask)[0], expected)
     before, after = Checkpoint(tmp_path / "theirs"), Checkpoint(tmp_path / "again")
     assert set(before.names()) == set(after.names())
     for name in before.names():

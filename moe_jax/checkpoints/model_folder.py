@@ -325,8 +325,8 @@ def _write_shards(
     shapes = {}
     for binding in bindings:
         exported = binding.export(weights.read(binding.path))
-        is_bias = binding.path.endswith("feed_forward/bias")  # of the selection, which checkpoints keep in float32
-        shapes[binding.theirs] = jax.ShapeDtypeStruct(exported.shape, exported.dtype if is_bias else dtype)
+        own = np.dtype(np.float32) if binding.entry.is_float32 else dtype
+        shapes[binding.theirs] = jax.ShapeDtypeStruct(exported.shape, own)
     shards: list[dict[str, Any]] = [{}]
     size = 0
     for name, shape in shapes.items():

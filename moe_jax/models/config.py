@@ -149,16 +149,9 @@ class DecoderConfig:
             )
 
     def _check_attention(self) -> None:
-        """Refuses heads that do not fit, unknown settings, and per-layer facts that are not one for each layer."""
-        if self.head_width is None and self.width % self.num_heads:
-            raise ValueError(f"width={self.width} must be num_heads={self.num_heads} times an even head width")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
-        if (self.head_width or self.width // self.num_heads) % 2:
-            raise ValueError(
-                f"width={self.width} must be num_heads={self.num_heads} times an even head width, or head_width="
-                f"{self.head_width} an even number"
-            )
+        """Refuses unknown settings, and per-layer facts that are not one for each layer."""
+        if self.attention == "grouped_query":
+            self._check_heads()
         if self.rotary not in ROTARIES:
             raise ValueError(f"unknown rotary {self.rotary!r}; known: {', '.join(ROTARIES)}")
         known = settings_of(ROTARIES[self.rotary]).keys() | {"share"}
@@ -176,6 +169,18 @@ class DecoderConfig:
                     "as it must be with latent attention"
                 )
         jax.eval_shape(lambda: make_attention(self, None, 1.0, jax.random.key(0)))  # refuses bad values
+
+    def _check_heads(self) -> None:
+        """Refuses heads that do not fit."""
+        if self.head_width is None and self.width % self.num_heads:
+            raise ValueError(f"width={self.width} must be num_heads={self.num_heads} times an even head width")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
+        if (self.head_width or self.width // self.num_heads) % 2:
+            raise ValueError(
+                f"width={self.width} must be num_heads={self.num_heads} times an even head width, or head_width="
+                f"{self.head_width} an even number"
+            )
 
     def _rule_is_causal(self) -> bool:
         """Whether the rule is causal, once what it cannot do is refused."""

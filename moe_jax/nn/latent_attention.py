@@ -51,7 +51,12 @@ class LatentAttention(nnx.Module):
           scale: factor on the scores; 0 for the inverse root of a query's width.
           output_scale: factor on the output projection.
           key: consumed.
+
+        Raises:
+          ValueError: an odd `rotary_width`.
         """
+        if rotary_width % 2:
+            raise ValueError(f"rotary_width={rotary_width} must be even: its coordinates turn in pairs")
         self.rotation, self.norm_epsilon, self.scale = rotation, norm_epsilon, scale or None
         keys = jax.random.split(key, 5)
 

@@ -3,15 +3,27 @@
 To add one, write a `Family` and add it to the table below; the tests run over all of them.
 """
 
+from moe_jax.checkpoints.families.deepseek_v2 import DEEPSEEK_V2
+from moe_jax.checkpoints.families.deepseek_v3 import DEEPSEEK_V3
 from moe_jax.checkpoints.families.family import Family
 from moe_jax.checkpoints.families.llama import LLAMA
 from moe_jax.checkpoints.families.mixtral import MIXTRAL
+from moe_jax.checkpoints.families.olmoe import OLMOE
+from moe_jax.checkpoints.families.qwen2_moe import QWEN2_MOE
+from moe_jax.checkpoints.families.qwen3 import QWEN3
+from moe_jax.checkpoints.families.qwen3_moe import QWEN3_MOE
 from moe_jax.checkpoints.hub.hub_config import HubConfig
 from moe_jax.checkpoints.hub.tensor_files import HubError
 
 __all__ = ["FAMILIES", "Family", "family_of"]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (MIXTRAL, LLAMA)}
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        *(DEEPSEEK_V2, DEEPSEEK_V3),
+        *(MIXTRAL, LLAMA, QWEN3, QWEN3_MOE, OLMOE, QWEN2_MOE),
+    )
+}
 
 
 def family_of(hub: HubConfig) -> Family:

@@ -18,12 +18,21 @@ LAYER = "model.layers.{layer}."
 GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
 
 
-def read_body(hub: HubConfig, kinds: LayerKind | Sequence[LayerKind] = "dense", **changes: Any) -> dict[str, Any]:
+def read_body(
+    hub: HubConfig,
+    kinds: LayerKind | Sequence[LayerKind] = "dense",
+    *,
+    epsilon: float = 1e-6,
+    base: float = 10_000.0,
+    **changes: Any,
+) -> dict[str, Any]:
     """The fields of `DecoderConfig` that nearly all families name alike: sizes, norms, heads, rotary positions.
 
     Args:
       hub: the `config.json`.
       kinds: of each layer, or of all.
+      epsilon: of the norms, where the config does not say.
+      base: of the rotary positions, where the config does not say.
       changes: fields that the family sets otherwise.
     """
     depth, num_heads = hub.count("num_hidden_layers", most=1000), hub.count("num_attention_heads", most=4096)
@@ -37,9 +46,9 @@ def read_body(hub: HubConfig, kinds: LayerKind | Sequence[LayerKind] = "dense", 
         "num_heads": num_heads,
         "num_kv_heads": hub.count("num_key_value_heads", num_heads, most=4096),
         "head_width": None if head_width in (None, width // num_heads) else head_width,
-        "norm_epsilon": hub.get("rms_norm_eps", float, 1e-6),
+        "norm_epsilon": hub.get("rms_norm_eps", float, epsilon),
         "tie_embeddings": hub.get("tie_word_embeddings", bool, False),
-        **read_rotary(hub),
+        **read_rotary(hub, base),
         **changes,
     }
 
@@ -60,15 +69,28 @@ def write_body(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
+def read_biases(hub: HubConfig, default: bool = False) -> dict[str, bool]:
+    """Settings of an attention whose four projections all have a bias, or none: `attention_bias`."""
+    return {"use_bias": True, "use_out_bias": True} if hub.get("attention_bias", bool, default) else {}
+
+
+def write_biases(config: DecoderConfig) -> dict[str, bool]:
+    """The key that `read_biases` reads."""
+    return {"attention_bias": bool(config.attention_settings.get("use_bias", False))}
+
+
 def outer_entries(config: DecoderConfig) -> Iterator[Entry]:
     """Embedding, last norm, read-out, and the norms of every layer."""
     every = tuple(range(len(config.layers)))
     yield Entry("model.embed_tokens.weight", "embedding", "1 v d -> v d")
-    yield Entry("model.norm.weight", "norm/scale", "d -> d")
     if not config.tie_embeddings:
         yield Entry("lm_head.weight", "read_out", "d v -> v d")
-    for theirs, ours in (("input_layernorm", "attention_norm"), ("post_attention_layernorm", "feed_forward_norm")):
-        yield Entry(f"{LAYER}{theirs}.weight", f"layers/{ours}/scale", "d -> d", layers=every)
+    if config.read_out_bias:
+        yield Entry("lm_head.bias", "read_out_bias", "v -> v")
+    for leaf, own in (("weight", "scale"), ("bias", "bias"))[: 2 if config.norm == "layer" else 1]:
+        yield Entry(f"model.norm.{leaf}", f"norm/{own}", "d -> d")
+        for theirs, ours in (("input_layernorm", "attention_norm"), ("post_attention_layernorm", "feed_forward_norm")):
+            yield Entry(f"{LAYER}{theirs}.{leaf}", f"layers/{ours}/{own}", "d -> d", layers=every)
 
 
 def attention_entries(config: DecoderConfig, *, is_interleaved: bool = False) -> Iterator[Entry]:
@@ -135,12 +157,15 @@ def layers_of(config: DecoderConfig, kind: LayerKind) -> tuple[int, ...]:
 
 def _read(hub: HubConfig) -> DecoderConfig:
     hub.expect("mlp_bias", False)
-    hub.expect("attention_bias", False)
-    return DecoderConfig(dense_hidden=hub.count("intermediate_size"), **read_body(hub))
+    hub.expect("is_llama_config", True)  # SmolLM's own two keys
+    hub.expect("rope_interleaved", False)
+    return DecoderConfig(
+        dense_hidden=hub.count("intermediate_size"), attention_settings=read_biases(hub), **read_body(hub)
+    )
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
-    return write_body(config) | {"intermediate_size": config.dense_hidden}
+    return write_body(config) | write_biases(config) | {"intermediate_size": config.dense_hidden}
 
 
 def _table(config: DecoderConfig) -> Iterator[Entry]:

@@ -14,21 +14,20 @@ from moe_jax.checkpoints.families.llama import (
     swiglu_entries,
     write_body,
 )
+from moe_jax.checkpoints.families.per_layer import in_every_layer, read_window, write_window
 from moe_jax.checkpoints.hub.hub_config import HubConfig
 from moe_jax.checkpoints.hub.table import Entry
 from moe_jax.models.config import DecoderConfig
 
 
 def _read(hub: HubConfig) -> DecoderConfig:
-    depth = hub.count("num_hidden_layers", most=1000)
-    window = hub.maybe("sliding_window", int) or 0
     return DecoderConfig(
         num_experts=hub.count("num_local_experts", 8),
         num_choices=hub.count("num_experts_per_tok", 2),
         expert_hidden=hub.count("intermediate_size"),
         rule="softmax_top_k_renormalized",
-        windows=(window,) * depth if window else (),
-        **read_body(hub, "moe"),
+        windows=in_every_layer(hub, read_window(hub)),
+        **read_body(hub, "moe", epsilon=1e-5, base=1e6),
     )
 
 
@@ -37,7 +36,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
         "num_local_experts": config.num_experts,
         "num_experts_per_tok": config.num_choices,
         "intermediate_size": config.expert_hidden,
-        "sliding_window": config.windows[0] if config.windows else None,
+        **write_window(config),
     }
 
 

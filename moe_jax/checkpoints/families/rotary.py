@@ -61,6 +61,14 @@ def read_rotary(hub: HubConfig, default_base: float = 10_000.0) -> dict[str, Any
     if (outer := hub.maybe("partial_rotary_factor", float)) is not None:
         share = outer
     settings: dict[str, Any] = {"base": base}
+    if (original := hub.maybe("original_max_position_embeddings", int)) is not None:
+        given[_ORIGINAL] = original
+    if _ORIGINAL not in NAMES[name]:
+        given.pop(_ORIGINAL, None)
+    elif given.get(_ORIGINAL) is None:
+        given[_ORIGINAL] = hub.count("max_position_embeddings", most=2**40)
+    if "factor" in NAMES[name] and not given.get("factor"):
+        raise HubError(f"{hub.source}: rotary positions of type {kind!r} need a factor")
     if name == "yarn":
         given = _with_yarn_magnitude(given)
     if name == "longrope":
@@ -107,12 +115,12 @@ def yarn_score_scale(hub: HubConfig, query_width: int) -> float:
 
 def _with_longrope_magnitude(hub: HubConfig, given: dict[str, Any]) -> dict[str, Any]:
     """The magnitude of both ranges, which follows from the lengths unless it is given (2402.13753, section 3.2)."""
-    original = given.setdefault(
-        "original_max_position_embeddings", hub.maybe("original_max_position_embeddings", int) or 4096
-    )
-    factor = given.pop("factor", None) or hub.count("max_position_embeddings", most=2**40) / original
-    usual = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-    usual = given.pop("attention_factor", None) or usual
-    for key in ("short_mscale", "long_mscale"):
-        given.setdefault(key, usual)
-    return given
+    factor, usual, original = given.pop("factor", None), given.pop("attention_factor", None), given[_ORIGINAL]
+    if {"short_mscale", "long_mscale"} <= given.keys():
+        return given
+    factor = factor or hub.count("max_position_embeddings", most=2**40) / original
+    usual = usual or (1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original)))
+    return {"short_mscale": usual, "long_mscale": usual} | given
+
+
+_ORIGINAL = "original_max_position_embeddings"

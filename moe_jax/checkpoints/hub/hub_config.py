@@ -20,6 +20,7 @@ INERT = frozenset(
         *("router_aux_loss_coef", "output_router_logits", "output_attentions", "output_hidden_states", "return_dict"),
         *("auto_map", "attn_implementation", "_attn_implementation", "_experts_implementation", "torchscript"),
         *("chunk_size_feed_forward", "id2label", "label2id", "problem_type", "tokenizer_class", "prefix"),
+        *("aux_loss_alpha", "seq_aux", "ep_size", "num_nextn_predict_layers"),
         *("is_encoder_decoder", "is_decoder", "add_cross_attention", "task_specific_params", "finetuning_task"),
     }
 )

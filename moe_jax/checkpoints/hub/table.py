@@ -29,6 +29,9 @@ class Entry(NamedTuple):
       sizes: lengths of the pattern's axes that neither shape tells.
       layers: which layers have it; None for no `{layer}`.
       experts: E, if their experts lie in tensors of their own.
+      pairs: (axis, start): our numbers from `start` on along that axis are rotary pairs (i, i + R/2) that theirs has
+        side by side, (2i, 2i + 1).
+      is_float32: whether a checkpoint has it in float32 whatever the others are.
     """
 
     theirs: str
@@ -38,6 +41,8 @@ class Entry(NamedTuple):
     sizes: Mapping[str, int] = {}
     layers: tuple[int, ...] | None = None
     experts: int | None = None
+    pairs: tuple[int, int] | None = None
+    is_float32: bool = False
 
 
 class Binding(NamedTuple):
@@ -58,7 +63,11 @@ class Binding(NamedTuple):
 
     def export(self, array: np.ndarray) -> np.ndarray:
         """Their tensor, from our array."""
-        return rearrange(self.view(array), self.entry.pattern, **self.entry.sizes)
+        ours = self.view(array)
+        if self.entry.pairs is not None:
+            axis, start = self.entry.pairs
+            ours = ours.take(np.argsort(_their_places(ours.shape[axis], start)), axis)
+        return rearrange(ours, self.entry.pattern, **self.entry.sizes)
 
     def fill(self, array: np.ndarray, theirs: np.ndarray) -> None:
         """Writes their tensor into our array, cast to its dtype.
@@ -70,7 +79,11 @@ class Binding(NamedTuple):
         left, right = self.entry.pattern.split(" -> ")
         sizes = {} if "(" in left else parse_shape(ours, left.replace("1", "_"))
         try:
-            ours[...] = rearrange(theirs, f"{right} -> {left}", **(sizes | dict(self.entry.sizes)))
+            found = rearrange(theirs, f"{right} -> {left}", **(sizes | dict(self.entry.sizes)))
+            if self.entry.pairs is not None:
+                axis, start = self.entry.pairs
+                found = found.take(_their_places(found.shape[axis], start), axis)
+            ours[...] = found
         except (EinopsError, ValueError) as error:
             expected: list[int] = list(
                 rearrange(np.empty(ours.shape, bool), self.entry.pattern, **self.entry.sizes).shape
@@ -78,6 +91,12 @@ class Binding(NamedTuple):
             raise HubError(
                 f"tensor {self.theirs!r} has shape {list(theirs.shape)}, the config asks for {expected}"
             ) from error
+
+
+def _their_places(length: int, start: int) -> np.ndarray:
+    """For each of our numbers along an axis with rotary pairs, where it stands in theirs."""
+    places = np.arange(length)
+    return np.concatenate([places[:start], places[start::2], places[start + 1 :: 2]])
 
 
 def bind(entries: Iterable[Entry], place: Mapping[int, tuple[str, int]]) -> Iterator[Binding]:
