@@ -244,7 +244,7 @@ def test_commands(theirs, tmp_path, capsys, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
     for arguments, message in (
         (["import", str(theirs), "models/one"], "models/one exists already"),
-        (["import", "nowhere", "models/two"], "nowhere is neither a folder nor a name"),
+        (["import", "nowhere", "models/two"], "nowhere is neither a folder, nor a .gguf file, nor a name"),
         (["inspect", str(tmp_path)], "config.json does not exist"),
         (["export", str(tmp_path), "x"], "is no model folder"),
     ):

@@ -24,6 +24,8 @@ from flax import nnx
 
 from moe_jax.checkpoints.families import FAMILIES, Family, family_of
 from moe_jax.checkpoints.hub.download import locate
+from moe_jax.checkpoints.hub.gguf_llama import LlamaGGUF
+from moe_jax.checkpoints.hub.gguf_tokenizer import tokenizer_files
 from moe_jax.checkpoints.hub.hub_config import HubConfig
 from moe_jax.checkpoints.hub.table import Binding, bind, import_tensors
 from moe_jax.checkpoints.hub.tensor_files import INDEX, Checkpoint, HubError, TensorFile, Tensors, TensorWriter
@@ -64,34 +66,32 @@ class ModelFacts(NamedTuple):
 
 
 def import_checkpoint(
-    source: str | Path | Tensors,
+    source: str | Path,
     out: str | Path,
     *,
-    hub_config: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     on_tensor: Callable[[str, int], None] | None = None,
 ) -> ModelFacts:
     """Makes a model folder of a checkpoint; the folder appears whole or not at all.
 
     Args:
-      source: a folder with `config.json` and safetensors files, or tensors that `hub_config` describes.
+      source: a folder with `config.json` and safetensors files, or a `.gguf` file of the Llama architecture.
       out: the folder to make.
-      hub_config: the config, if the source is no folder.
       dtype: of matrices in the folder; None keeps the checkpoint's. Routers and selection biases are float32.
       on_tensor: called with each tensor's name and how many there are.
 
     Raises:
       HubError: an existing `out`, an unknown family, or anything in the checkpoint that does not fit.
+      CheckpointError: a damaged `.gguf` file, or one that is not understood.
     """
-    out = Path(out)
+    source, out = Path(source), Path(out)
     if out.exists():
         raise HubError(f"{out} exists already; delete it, or choose another folder")
-    folder = None if isinstance(source, Tensors) else Path(source)
-    read = HubConfig(hub_config or {}) if folder is None else HubConfig.load(folder / "config.json")
+    read, packed, side_files = _open(source)
     family = family_of(read)
     config = family.read(read)
     read.finish()
-    tensors = source if isinstance(source, Tensors) else family.open(Checkpoint(source), read.values)
+    tensors = family.open(packed, read.values)
     stored = _stored_dtype(read.values, tensors)
     bindings = bindings_of(family, config)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.part")
@@ -107,8 +107,8 @@ def import_checkpoint(
         writer.close()
         facts = ModelFacts(config, family.name, read.values, stored)
         _write_facts(unfinished / FACTS, facts)
-        if folder is not None:
-            _copy_side_files(folder, unfinished)
+        for name, content in side_files.items():
+            (unfinished / name).write_bytes(content)
         unfinished.rename(out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -119,7 +119,7 @@ def find_model(name: str | Path) -> Path:
     """The model folder of that name; a checkpoint is imported into the user's cache folder first.
 
     Args:
-      name: a model folder, a checkpoint's folder, or a name on the Hugging Face hub.
+      name: a model folder, a checkpoint's folder, a `.gguf` file, or a name on the Hugging Face hub.
 
     Raises:
       HubError: as `locate` and `import_checkpoint`.
@@ -127,11 +127,11 @@ def find_model(name: str | Path) -> Path:
     folder = locate(name)
     if (folder / FACTS).is_file():
         return folder
-    files = sorted([folder / "config.json", *folder.glob("*.safetensors")])
+    files = [folder] if folder.is_file() else sorted([folder / "config.json", *folder.glob("*.safetensors")])
     state = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
     digest = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "moe_jax" / "models"
-    imported = cache / f"{folder.resolve().name}-{digest}"
+    imported = cache / f"{folder.resolve().stem}-{digest}"
     if not imported.exists():
         import_checkpoint(folder, imported)
     return imported
@@ -165,7 +165,8 @@ def export_checkpoint(
     try:
         _write_shards(unfinished, bindings_of(chosen, facts.config), weights, np.dtype(facts.dtype), shard_bytes)
         (unfinished / "config.json").write_text(json.dumps(hub_config, indent=2) + "\n")
-        _copy_side_files(folder, unfinished)
+        for name, content in _side_files(folder).items():
+            (unfinished / name).write_bytes(content)
         unfinished.rename(out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -268,11 +269,17 @@ def parameter_shapes(config: DecoderConfig, dtype: str) -> dict[str, jax.ShapeDt
     return shapes
 
 
-def _copy_side_files(source: Path, out: Path) -> None:
-    """Takes the tokenizer along."""
-    for name in SIDE_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
+def _open(source: Path) -> tuple[HubConfig, Tensors, dict[str, bytes]]:
+    """A checkpoint's config, its tensors, and the files of its tokenizer."""
+    if source.suffix != ".gguf":
+        return HubConfig.load(source / "config.json"), Checkpoint(source), _side_files(source)
+    gguf = LlamaGGUF(source)
+    return HubConfig(gguf.config, str(source)), gguf, tokenizer_files(gguf.file)
+
+
+def _side_files(folder: Path) -> dict[str, bytes]:
+    """The files of the tokenizer."""
+    return {name: (folder / name).read_bytes() for name in SIDE_FILES if (folder / name).is_file()}
 
 
 def _hashable(value: Any) -> Any:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_jax.cli.tokenizer import open_model_tokenizer
 from moe_jax.runs import ConfigError
 
 if TYPE_CHECKING:
@@ -51,7 +52,6 @@ def run(arguments: argparse.Namespace) -> None:
     import jax
 
     from moe_jax.checkpoints.model_folder import find_model, load_model
-    from moe_jax.data.tokenizer import find_tokenizer
     from moe_jax.models.generate import Generator
     from moe_jax.models.sampling import Sampling
 
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     folder = find_model(arguments.model)
     dtype = arguments.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     model = load_model(folder, dtype=dtype, compute_dtype=dtype)
-    tokenizer = find_tokenizer(folder, model.config.vocab_size)
+    tokenizer = open_model_tokenizer(folder, model.config.vocab_size)
     prompts = [_encode(tokenizer, text, arguments) for text in _texts(arguments)]
     request = {
         "max_tokens": arguments.max_tokens,

@@ -14,12 +14,13 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "import",
         help="make a model folder of a public checkpoint",
         description="Makes a model folder of a checkpoint in the format of transformers: a folder, or a name on the "
-        "Hugging Face hub, which is downloaded first. Tensors are read one at a time, and nothing is ever unpickled.",
+        "Hugging Face hub, which is downloaded first; or of a .gguf file of the Llama architecture. Tensors are read "
+        "one at a time, and nothing is ever unpickled.",
         epilog="examples:\n  moe-jax import downloads/OLMoE-1B-7B models/olmoe\n"
         "  moe-jax import mistralai/Mixtral-8x7B-v0.1 models/mixtral --dtype bfloat16",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="HF_DIR_OR_ID", help="a folder with config.json, or a name such as org/model")
+    parser.add_argument("source", metavar="HF_DIR_OR_ID", help="a folder with config.json, a .gguf file, or org/model")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the matrices (default: the checkpoint's)"

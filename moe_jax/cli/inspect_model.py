@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from moe_jax.cli.tokenizer import open_model_tokenizer
 from moe_jax.runs import ConfigError
 
 
@@ -56,14 +57,13 @@ def run(arguments: argparse.Namespace) -> None:
 def _report(folder: Path, arguments: argparse.Namespace) -> None:
     """Routes the texts and writes the report."""
     from moe_jax.checkpoints.model_folder import find_model, load_model
-    from moe_jax.data.tokenizer import find_tokenizer
     from moe_jax.report.text_routing import report_text_routing
 
     if missing := [path for path in arguments.text if not path.is_file()]:
         raise ConfigError(f"{missing[0]} is no file: --text takes text files")
     folder = find_model(folder)
     model = load_model(folder, dtype="float32", compute_dtype="float32")
-    tokenizer = find_tokenizer(folder, model.config.vocab_size)
+    tokenizer = open_model_tokenizer(folder, model.config.vocab_size)
     texts = {path.name: tokenizer.encode(path.read_text(encoding="utf-8")) for path in arguments.text}
     try:
         print(report_text_routing(model, texts, arguments.out or folder / "routing", folder.name))

@@ -41,6 +41,24 @@ def open_tokenizer(folder: str | Path) -> TextTokenizer:
     return TextTokenizer({n: (folder / n).read_bytes() for n in _FILES if (folder / n).is_file()}, origin=str(folder))
 
 
+def find_tokenizer(folder: str | Path, vocab_size: int) -> TextTokenizer:
+    """Opens the tokenizer of a model folder, or for a vocabulary of 256 the bytes, where the folder has none.
+
+    Args:
+      folder: of the model.
+      vocab_size: V of the model.
+
+    Raises:
+      ValueError: if there is none, or it has ids that the model does not know.
+      ImportError: as `open_tokenizer`.
+    """
+    has_files = any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    tokenizer = open_tokenizer(folder) if has_files or vocab_size != 256 else byte_tokenizer()
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(f"the tokenizer of {folder} has {tokenizer.vocab_size} tokens, the model {vocab_size}")
+    return tokenizer
+
+
 def byte_tokenizer() -> TextTokenizer:
     """Makes the tokenizer of models whose 256 tokens are the bytes: the UTF-8 of a text, without special tokens."""
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}

@@ -12,10 +12,10 @@ _ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
 
 def locate(name: str | Path, *, revision: str | None = None) -> Path:
-    """The folder of a checkpoint.
+    """The folder of a checkpoint, or its `.gguf` file.
 
     Args:
-      name: a folder, or a name such as "mistralai/Mixtral-8x7B-v0.1", which `huggingface_hub` downloads into its cache
+      name: a folder or such a file, or a name such as "mistralai/Mixtral-8x7B-v0.1", which `huggingface_hub` downloads into its cache
         and, if it was interrupted, goes on with.
       revision: a branch, tag or commit of the hub.
 
@@ -23,10 +23,12 @@ def locate(name: str | Path, *, revision: str | None = None) -> Path:
       HubError: neither a folder nor a name of the hub, no `huggingface_hub`, no network, or no such model.
     """
     folder = Path(name)
-    if folder.is_dir():
+    if folder.is_dir() or (folder.is_file() and folder.suffix == ".gguf"):
         return folder
     if folder.exists() or not _ID.fullmatch(str(name)):
-        raise HubError(f"{name} is neither a folder nor a name of the Hugging Face hub such as org/model")
+        raise HubError(
+            f"{name} is neither a folder, nor a .gguf file, nor a name of the Hugging Face hub such as org/model"
+        )
     try:
         import huggingface_hub
     except ImportError as error:
