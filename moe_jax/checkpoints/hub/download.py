@@ -15,8 +15,8 @@ def locate(name: str | Path, *, revision: str | None = None) -> Path:
     """The folder of a checkpoint, or its `.gguf` file.
 
     Args:
-      name: a folder or such a file, or a name such as "mistralai/Mixtral-8x7B-v0.1", which `huggingface_hub` downloads into its cache
-        and, if it was interrupted, goes on with.
+      name: a folder or such a file, or a name such as "mistralai/Mixtral-8x7B-v0.1", which `huggingface_hub` downloads
+        into its cache and, if it was interrupted, goes on with.
       revision: a branch, tag or commit of the hub.
 
     Raises:
