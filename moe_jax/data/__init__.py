@@ -17,7 +17,14 @@ from moe_jax.data.sequences import Sequences, balanced_subset, pack
 from moe_jax.data.smollm2 import fetch_smollm2
 from moe_jax.data.sources import BUILT_IN, load_documents
 from moe_jax.data.splits import SPLITS, describe_splits, split_documents
-from moe_jax.data.tokenizer import TextStream, TextTokenizer, byte_tokenizer, open_tokenizer
+from moe_jax.data.tokenizer import (
+    TextStream,
+    TextTokenizer,
+    byte_tokenizer,
+    find_tokenizer,
+    open_tokenizer,
+    tokenize,
+)
 
 __all__ = [
     "BUILT_IN",
@@ -34,10 +41,12 @@ __all__ = [
     "domain_names",
     "drop_duplicates",
     "fetch_smollm2",
+    "find_tokenizer",
     "load_documents",
     "ngram",
     "open_tokenizer",
     "pack",
     "split_documents",
+    "tokenize",
     "train_batches",
 ]

@@ -38,7 +38,8 @@ def train_batches(
     """Yields the batches of the steps `start_step, ..., num_steps - 1`, prefetched by a thread.
 
     In every batch each domain has its share of the rows, to less than one row, and the rows are in random order. Within
-    a domain a document is drawn in proportion to its bytes, and of it a random run of S+1 bytes, or all of a short one.
+    a domain a document is drawn in proportion to its tokens, and of it a random run of S+1 of them, or all of a short
+    one.
 
     Args:
       documents: the training split.
@@ -69,8 +70,8 @@ class _StepSource:
         self._num_tokens, self._batch_size = config.sequence_length + 1, config.batch_size
         self._cumulative_weights = np.cumsum(weights / weights.sum())
         ordered = [document for members in group_by_domain(documents).values() for document in members]
-        self._text = np.frombuffer(b"".join(document.text for document in ordered), np.uint8)
-        sizes = np.array([len(document.text) for document in ordered])
+        self._tokens = np.concatenate([document.tokens for document in ordered])
+        sizes = np.array([len(document.tokens) for document in ordered])
         self._ends = np.cumsum(sizes)
         self._starts = self._ends - sizes
         self._num_crops = np.maximum(sizes - config.sequence_length, 1)
@@ -94,8 +95,8 @@ class _StepSource:
         crop = (random.random(rows) * self._num_crops[document]).astype(np.int64)
         position = (self._starts[document] + crop)[:, None] + np.arange(self._num_tokens)[None, :]
         mask = position < self._ends[document][:, None]
-        tokens = np.where(mask, self._text[np.minimum(position, len(self._text) - 1)], 0)
+        tokens = np.where(mask, self._tokens[np.minimum(position, len(self._tokens) - 1)], 0)
         return Batch(tokens.astype(np.int32), mask, domain.astype(np.int32))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self)} steps, {len(self._text)} bytes)"
+        return f"{type(self).__name__}({len(self)} steps, {len(self._tokens)} tokens)"

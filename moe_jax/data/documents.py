@@ -4,6 +4,8 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 
+import numpy as np
+
 _LONG_LINE = 30  # bytes; shorter lines recur by chance, longer ones are headers and copies
 
 
@@ -12,14 +14,21 @@ class Document:
     """A text.
 
     Attributes:
-      text: its bytes, which are its tokens too.
+      text: its bytes.
       domain: what kind of text it is.
       name: unique within the domain.
+      ids: its tokens, `[N]` int32; None where the bytes are the tokens.
     """
 
     text: bytes
     domain: str
     name: str
+    ids: np.ndarray | None = dataclasses.field(default=None, compare=False)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Its tokens, `[N]` int32, or uint8 where they are the bytes."""
+        return np.frombuffer(self.text, np.uint8) if self.ids is None else self.ids
 
 
 def domain_names(documents: Sequence[Document]) -> tuple[str, ...]:

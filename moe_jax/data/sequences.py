@@ -1,4 +1,4 @@
-"""Held-out text as sequences of one length: every byte that can be predicted is predicted exactly once."""
+"""Held-out text as sequences of one length: every token that can be predicted is predicted exactly once."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from moe_jax.data.documents import Document, domain_names
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-    """N sequences of S+1 bytes: S inputs and, one further, S targets. NumPy arrays.
+    """N sequences of S+1 tokens: S inputs and, one further, S targets. NumPy arrays.
 
     Attributes:
-      tokens: `[N, S+1]` uint8; 0 where masked.
+      tokens: `[N, S+1]` uint8 bytes or int32 ids; 0 where masked.
       mask: `[N, S+1]` bool; False is padding behind the end of a document.
-      is_scored: `[N, S]` bool; which targets count, so that every byte counts once though windows may overlap.
+      is_scored: `[N, S]` bool; which targets count, so that every token counts once though windows may overlap.
       domain: `[N]` int32 index into `domain_names`.
       document: `[N]` int32 index into the packed documents.
       domain_names: names of the domains.
@@ -36,22 +36,22 @@ class Sequences:
 
 
 def pack(documents: Sequence[Document], sequence_length: int, context: int = 0) -> Sequences:
-    """Cuts documents into windows in which every byte but a document's first is a scored target exactly once.
+    """Cuts documents into windows in which every token but a document's first is a scored target exactly once.
 
-    Windows start `S - context` bytes apart, and each but a document's first one scores only the targets that have more
-    than `context` bytes before them in the window. Without context a window's first prediction rests on one byte; with
-    `context = S / 2` every prediction rests on at least half a window, for twice the computation.
+    Windows start `S - context` tokens apart, and each but a document's first one scores only the targets that have
+    more than `context` tokens before them in the window. Without context a window's first prediction rests on one
+    token; with `context = S / 2` every prediction rests on at least half a window, for twice the computation.
 
     Args:
       documents: a split.
       sequence_length: S.
-      context: bytes of a window that are only read, in `[0, S)`.
+      context: tokens of a window that are only read, in `[0, S)`.
 
     Returns:
       All windows, in the order of the documents; none crosses documents.
 
     Raises:
-      ValueError: no document has two bytes, or `context` leaves nothing to score.
+      ValueError: no document has two tokens, or `context` leaves nothing to score.
     """
     if not 0 <= context < sequence_length:
         raise ValueError(f"context={context} must be in [0, sequence_length={sequence_length})")
@@ -59,12 +59,13 @@ def pack(documents: Sequence[Document], sequence_length: int, context: int = 0) 
     names = domain_names(documents)
     tokens, masks, scored, domains, owners = [], [], [], [], []
     for index, document in enumerate(documents):
-        if len(document.text) < 2:
+        text = document.tokens
+        if len(text) < 2:
             continue
-        num_windows = 1 + max(0, -(-(len(document.text) - 1 - sequence_length) // stride))
-        padded = np.zeros((num_windows - 1) * stride + sequence_length + 1, np.uint8)
-        padded[: len(document.text)] = np.frombuffer(document.text, np.uint8)
-        is_text = np.arange(len(padded)) < len(document.text)
+        num_windows = 1 + max(0, -(-(len(text) - 1 - sequence_length) // stride))
+        padded = np.zeros((num_windows - 1) * stride + sequence_length + 1, text.dtype)
+        padded[: len(text)] = text
+        is_text = np.arange(len(padded)) < len(text)
         tokens.append(sliding_window_view(padded, sequence_length + 1)[::stride])
         masks.append(sliding_window_view(is_text, sequence_length + 1)[::stride])
         is_new = (np.arange(sequence_length)[None, :] >= context) | (np.arange(num_windows)[:, None] == 0)
@@ -73,7 +74,7 @@ def pack(documents: Sequence[Document], sequence_length: int, context: int = 0) 
         owners += [index] * num_windows
     if not tokens:
         raise ValueError(
-            f"none of the {len(documents)} documents has two bytes, the least that has something to predict"
+            f"none of the {len(documents)} documents has two tokens, the least that has something to predict"
         )
     return Sequences(
         np.concatenate(tokens),

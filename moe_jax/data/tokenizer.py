@@ -10,12 +10,16 @@ print(stream.finish())
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from moe_jax.data.codec import Codec, byte_tokenizer_json, sentencepiece_codec, tokenizers_codec
+from moe_jax.data.documents import Document
 
 if TYPE_CHECKING:
     from moe_jax.data.chat import Message
@@ -64,6 +68,17 @@ def byte_tokenizer() -> TextTokenizer:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     files = {"tokenizer.json": byte_tokenizer_json(), "tokenizer_config.json": json.dumps(config).encode()}
     return TextTokenizer(files, origin="the byte tokenizer")
+
+
+def tokenize(documents: Sequence[Document], tokenizer: TextTokenizer) -> tuple[Document, ...]:
+    """Gives documents the ids of a tokenizer, its beginning and end of text included if it adds them.
+
+    Bytes that are no UTF-8 become U+FFFD.
+    """
+    return tuple(
+        dataclasses.replace(one, ids=np.array(tokenizer.encode(one.text.decode(errors="replace")), np.int32))
+        for one in documents
+    )
 
 
 class TextTokenizer:

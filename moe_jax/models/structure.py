@@ -26,7 +26,7 @@ def array_shapes(config: DecoderConfig) -> dict[str, nnx.Variable]:
 def untrained_arrays(config: DecoderConfig) -> dict[str, Array]:
     """What a new model carries besides parameters, by path: balance state and layer patterns."""
 
-    @jax.jit(compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def initialise() -> nnx.State:  # the parameters that nothing returns are never drawn
         return nnx.state(Decoder(config, key=jax.random.key(0)), nnx.Not(nnx.Param))
 

@@ -93,7 +93,10 @@ def upcycle(parents: Sequence[Decoder], upcycling: Upcycling, *, key: Array) -> 
     Raises:
       ValueError: parents of different configs, layers that are not dense, or hidden units that G does not divide.
     """
-    config, changed = _new_config([parent.config for parent in parents], upcycling)
+    config = upcycled_config(parents[0].config, upcycling)
+    if any(parent.config != parents[0].config for parent in parents):
+        raise ValueError("the parents have different configs: experts of one layer must come from alike networks")
+    changed = upcycling.layers or range(len(config.layers))
     outer = [named_arrays(parent) for parent in parents]
     layers = []
     for index in range(len(config.layers)):
@@ -133,27 +136,25 @@ def receipt(first: Decoder, second: Decoder, tokens: Array, token_mask: Array | 
     return Receipt(*map(float, compare(first, second)))
 
 
-def _new_config(configs: list[DecoderConfig], upcycling: Upcycling) -> tuple[DecoderConfig, set[int]]:
-    """The mixture's config, and the positions of the layers that change."""
-    config = configs[0]
-    if any(other != config for other in configs):
-        raise ValueError("the parents have different configs: experts of one layer must come from alike networks")
-    changed = set(upcycling.layers or range(len(config.layers)))
-    for index in sorted(changed):
+def upcycled_config(config: DecoderConfig, upcycling: Upcycling) -> DecoderConfig:
+    """The mixture's config.
+
+    Raises:
+      ValueError: layers that are not dense, or hidden units that the granularity does not divide.
+    """
+    changed = upcycling.layers or range(len(config.layers))
+    for index in changed:
         if not 0 <= index < len(config.layers) or config.layers[index] != "dense":
             raise ValueError(f"layer {index} of {config.layers} is no dense layer, so it cannot be upcycled")
     if config.dense_hidden % upcycling.granularity:
         raise ValueError(f"granularity={upcycling.granularity} does not divide dense_hidden={config.dense_hidden}")
-    return (
-        dataclasses.replace(
-            config,
-            layers=tuple("moe" if i in changed else kind for i, kind in enumerate(config.layers)),
-            num_experts=upcycling.num_experts,
-            num_choices=upcycling.num_choices,
-            expert_hidden=config.dense_hidden // upcycling.granularity,
-            rule=upcycling.rule,
-        ),
-        changed,
+    return dataclasses.replace(
+        config,
+        layers=tuple("moe" if i in changed else kind for i, kind in enumerate(config.layers)),
+        num_experts=upcycling.num_experts,
+        num_choices=upcycling.num_choices,
+        expert_hidden=config.dense_hidden // upcycling.granularity,
+        rule=upcycling.rule,
     )
 
 

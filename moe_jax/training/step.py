@@ -125,11 +125,15 @@ def init_state(
 
     @jax.jit(compiler_options={"xla_backend_optimization_level": 0})
     def initialise(key: Array) -> TrainState:
-        model = make_model(key)
-        params = nnx.state(model, nnx.Param)
-        return TrainState(params, nnx.state(model, UNTRAINED), optimizer.init(params), jnp.zeros((), jnp.int32))
+        return state_of(make_model(key), optimizer)
 
     return nnx.graphdef(jax.eval_shape(make_model, key)), initialise(key)
+
+
+def state_of(model: nnx.Module, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state at step 0 of training a model that is there already, whose arrays it shares."""
+    params = nnx.state(model, nnx.Param)
+    return TrainState(params, nnx.state(model, UNTRAINED), optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
 def merge_model(graphdef: nnx.GraphDef, state: TrainState) -> nnx.Module:
