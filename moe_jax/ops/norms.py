@@ -31,3 +31,23 @@ def l2_normalize(x: Array, axis: int = -1) -> Array:
     wide = x.astype(jnp.float32)
     square = jnp.sum(jnp.square(wide), axis=axis, keepdims=True)
     return wide * jax.lax.rsqrt(jnp.where(square > 1e-24, square, 1.0))
+
+
+def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float = 1e-5) -> Array:
+    """`(x - mean) / deviation * scale + bias` over the last axis (Ba et al. 1607.06450), computed in float32.
+
+    Args:
+      x: `[..., D]`.
+      scale: `[D]`.
+      bias: `[D]`.
+      epsilon: added to the variance.
+
+    Returns:
+      `[..., D]` in x's dtype.
+    """
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + epsilon)
+    shape = (1,) * (x.ndim - 1) + scale.shape
+    scale, bias = (vector.astype(jnp.float32).reshape(shape) for vector in (scale, bias))
+    return (centred * inverse * scale + bias).astype(x.dtype)
