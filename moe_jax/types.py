@@ -80,6 +80,7 @@ class Choice:
         scores plus bias.
       num_null: the last columns of E that are null experts. Their ids may be chosen, with gate 0, and are counted, but
         nothing is dispatched: their slots are empty in the plan.
+      redistribute: whether a token's gates still sum to what they did when capacity has dropped some of them.
     """
 
     expert_ids: Array
@@ -90,6 +91,7 @@ class Choice:
     capacity: int | None = dataclasses.field(default=None, metadata={"static": True})
     scores: Array | None = None
     num_null: int = dataclasses.field(default=0, metadata={"static": True})
+    redistribute: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @_pytree

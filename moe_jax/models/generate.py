@@ -126,7 +126,7 @@ class Generator:
         self._blocks = [model.layer(index) for index in range(len(model.config.layers))]
         for block in self._blocks:
             if isinstance(block.feed_forward, MoELayer):
-                block.feed_forward.capacity_factor = None
+                block.feed_forward.capacity = None
         self._stem = jax.tree.map(lambda leaf: leaf, model)  # embedding and read-out, without the layers
         self._stem.stacks = nnx.List()
 

@@ -20,7 +20,7 @@ from moe_jax.nn.feed_forward import FeedForward
 from moe_jax.nn.latent import Latent
 from moe_jax.nn.routers import Router
 from moe_jax.nn.zero_compute import ZeroComputeExperts, without_zero_compute
-from moe_jax.routing import Balancer, Force, Rule, check_rule, expert_capacity, get_rule, route, rule_settings
+from moe_jax.routing import Balancer, Capacity, Force, Rule, check_rule, get_rule, route, rule_settings
 from moe_jax.types import Array, DispatchFn, RouterOutput, RouterStats, RoutingPlan, Topology
 
 StatsLevel = Literal["batch", "sequence", "token"]
@@ -46,6 +46,7 @@ class MoELayer(nnx.Module):
         rule_settings: Mapping[str, Setting] | None = None,
         backend: str | DispatchFn = "blocked",
         capacity_factor: float | None = None,
+        capacity: Capacity | None = None,
         gates_on_input: bool = False,
         stats_level: StatsLevel = "batch",
         bias_bins: int = 0,
@@ -64,13 +65,18 @@ class MoELayer(nnx.Module):
           rule_settings: settings of the rule.
           backend: a name in `dispatch.BACKENDS`, or a hashable function such as an `ExpertParallel`.
           capacity_factor: rows per expert relative to perfect balance, or None to drop nothing.
+          capacity: the same in any unit, over the batch or each sequence.
           gates_on_input: whether a gate multiplies what enters an expert, as in Llama 4, and not what leaves it.
           stats_level: what statistics are summed over; below "batch" they have a leading axis of sequences or tokens.
           bias_bins: bins of the statistics' histogram for the balancer "quantile", or 0; see `routing.route`.
         """
         self.router, self.experts = router, experts
         self.shared, self.latent, self.zero_compute = shared, latent, zero_compute
-        self.num_choices, self.capacity_factor, self.gates_on_input = num_choices, capacity_factor, gates_on_input
+        if capacity_factor is not None:
+            if capacity is not None:
+                raise ValueError(f"give capacity_factor={capacity_factor} or capacity={capacity}, not both")
+            capacity = Capacity(capacity_factor)
+        self.num_choices, self.capacity, self.gates_on_input = num_choices, capacity, gates_on_input
         self.rule, self.rule_settings = rule, tuple(sorted((rule_settings or {}).items()))
         if isinstance(backend, str):
             get_backend(backend)  # an unknown name fails here, not in the first step
@@ -129,9 +135,10 @@ class MoELayer(nnx.Module):
         num_tokens, num_experts = num_sequences * length, self.num_experts
         router_key, rule_key = (None, None) if key is None else jax.random.split(key)
         scored = self.router(x, token_mask, router_key)
-        capacity = None
-        if self.capacity_factor is not None:
-            capacity = expert_capacity(num_tokens, num_experts, self.num_choices, self.capacity_factor)
+        capacity, capacity_groups = None, 1
+        if self.capacity is not None:
+            capacity_groups = num_sequences if self.capacity.per_sequence else 1
+            capacity = self.capacity.rows(num_tokens // capacity_groups, num_experts, self.num_choices)
 
         def flat(array: Array | None) -> Array | None:  # (B, S, ...) -> (T, ...)
             return None if array is None else array.reshape(num_tokens, *array.shape[2:])
@@ -150,6 +157,7 @@ class MoELayer(nnx.Module):
             num_sequences=num_sequences,
             key=rule_key,
             capacity=capacity,
+            capacity_groups=capacity_groups,
             forced=forced,
             force=force,
             stats_groups={"batch": None, "sequence": num_sequences, "token": num_tokens}[self.stats_level],

@@ -5,7 +5,7 @@ topology, capacity) and the statistics that every loss and picture reads. A new 
 `RoutingInputs` and K, and a line in the table of `routing.rules`.
 """
 
-from moe_jax.ops.capacity import drop_over_capacity, expert_capacity
+from moe_jax.ops.capacity import Capacity, drop_over_capacity, expert_capacity
 from moe_jax.routing.balance import (
     BALANCERS,
     Balancer,
@@ -28,6 +28,7 @@ __all__ = [
     "BALANCERS",
     "RULES",
     "Balancer",
+    "Capacity",
     "Controller",
     "Force",
     "Rule",

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from moe_jax.ops.capacity import drop_over_capacity
 from moe_jax.routing.force import Force, forced_choice
 from moe_jax.routing.rule import Rule, check_choices
+from moe_jax.routing.scores import normalize
 from moe_jax.routing.statistics import router_stats
 from moe_jax.routing.topology import open_experts
 from moe_jax.types import Array, RouterOutput, RoutingInputs, RoutingPlan, Topology, TraceLevel
@@ -28,6 +29,7 @@ def route(
     num_sequences: int = 1,
     key: Array | None = None,
     capacity: int | None = None,
+    capacity_groups: int = 1,
     stats_groups: int | None = None,
     bias_bins: int = 0,
     forced: RoutingPlan | None = None,
@@ -49,6 +51,8 @@ def route(
       num_sequences: B, static; T is B sequences of equal length, for rules that work within a sequence.
       key: consumed by rules that draw; None means evaluation, where training's noise is off.
       capacity: C, static; None drops nothing that the rule itself does not drop.
+      capacity_groups: n, static; each of n equal runs of tokens is served by itself (B for sequences, 1 for all tokens
+        together) and has C rows per expert.
       stats_groups: None sums statistics over all tokens; n, static, over each of n equal runs of tokens (B for
         sequences, T for tokens), which then have a leading `[n]`.
       bias_bins: N, static; bins of the statistics' histogram of required biases, which the balancer "quantile" reads. 0
@@ -66,7 +70,12 @@ def route(
     """
     num_tokens, num_experts = logits.shape
     check_choices(rule, num_choices, num_experts)
-    _check_numbers(num_tokens, capacity, bias_bins, {"num_sequences": num_sequences, "stats_groups": stats_groups or 1})
+    _check_numbers(
+        num_tokens,
+        capacity,
+        bias_bins,
+        {"num_sequences": num_sequences, "capacity_groups": capacity_groups, "stats_groups": stats_groups or 1},
+    )
     _check_shapes(logits, topology, {"token_mask": token_mask, "token_ids": token_ids, "token_groups": token_groups})
     if rule.needs_token_ids and token_ids is None:
         raise ValueError("this rule chooses by vocabulary id: give token_ids [T]")
@@ -85,13 +94,15 @@ def route(
     if forced is None:
         choice = rule.choose(inputs, num_choices)
     else:
-        choice, capacity = forced_choice(inputs, rule, forced, force), forced.capacity
+        choice, capacity, capacity_groups = forced_choice(inputs, rule, forced, force), forced.capacity, 1
     kept_ids, gates = choice.expert_ids, choice.gates
     if choice.num_null:
         kept_ids = jnp.where(kept_ids < num_experts - choice.num_null, kept_ids, num_experts)
     if capacity is not None:
-        kept_ids = drop_over_capacity(kept_ids, num_experts, capacity, choice.priority)
+        kept_ids = drop_over_capacity(kept_ids, num_experts, capacity, choice.priority, capacity_groups)
         gates = jnp.where(kept_ids < num_experts, gates, 0.0)
+        if choice.redistribute:
+            gates = normalize(gates) * choice.gates.sum(-1, keepdims=True)
     asked = None
     if rule.fixed_count and forced is None:
         asked = jnp.full(num_tokens, num_choices) if limit is None else jnp.minimum(limit, num_choices)
@@ -109,7 +120,8 @@ def route(
         num_groups=stats_groups,
         bias_bins=0 if forced is not None else bias_bins,
     )
-    most = min((c for c in (capacity, choice.capacity) if c is not None), default=None)
+    limits = (None if capacity is None else capacity * capacity_groups, choice.capacity)
+    most = min((limit for limit in limits if limit is not None), default=None)
     return RouterOutput(RoutingPlan(kept_ids, gates, num_experts, most), logits, stats)
 
 
