@@ -15,18 +15,20 @@ BODY = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-LATENT = {
+SHARED = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 10,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}
+LATENT = SHARED | {
     "num_key_value_heads": 4,
     "kv_lora_rank": 8,
     "q_lora_rank": 6,
     "qk_nope_head_dim": 4,
     "qk_rope_head_dim": 6,
     "v_head_dim": 5,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 10,
-    "n_shared_experts": 2,
-    "first_k_dense_replace": 1,
 }
 YARN = {
     "rope_type": "yarn",
@@ -83,6 +85,56 @@ CASES = {
             "not renormalised, tied": {"norm_topk_prob": False, "tie_word_embeddings": True},
             "yarn as published": {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
             "width that heads do not divide": {"hidden_size": 30, "first_k_dense_replace": 0},
+        },
+    ),
+    "dots1": (
+        "Dots1",
+        SHARED | {"sliding_window": None},
+        {
+            "not renormalised, no groups": {},
+            "renormalised, scaled, multi-query": {
+                "norm_topk_prob": True,
+                "routed_scaling_factor": 2.5,
+                "num_key_value_heads": 1,
+            },
+            "groups, biases, tied": {
+                "n_group": 4,
+                "topk_group": 3,
+                "attention_bias": True,
+                "tie_word_embeddings": True,
+                "first_k_dense_replace": 0,
+            },
+            "windows in the last layers, head width": {"sliding_window": 4, "max_window_layers": 1, "head_dim": 6},
+            "windows by layer": {
+                "sliding_window": 3,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            },
+        },
+    ),
+    "glm4_moe": (
+        "Glm4Moe",
+        SHARED | {"head_dim": 12},
+        {
+            "half of a head turns": {},
+            "biases, norms of queries and keys": {"attention_bias": True, "use_qk_norm": True, "n_shared_experts": 1},
+            "groups, scaled, tied": {
+                "n_group": 2,
+                "topk_group": 1,
+                "routed_scaling_factor": 2.5,
+                "tie_word_embeddings": True,
+            },
+            "whole heads turn, not renormalised": {"partial_rotary_factor": 1.0, "norm_topk_prob": False},
+            "yarn": {"rope_parameters": YARN | {"partial_rotary_factor": 0.5}, "first_k_dense_replace": 0},
+        },
+    ),
+    "minimax_m2": (
+        "MiniMaxM2",
+        {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 12},
+        {
+            "plain": {},
+            "half of a head turns, by its old name": {"rotary_dim": 6, "num_key_value_heads": 1},
+            "tied, one choice": {"tie_word_embeddings": True, "num_experts_per_tok": 1},
+            "all queries have keys of their own": {"num_key_value_heads": 4, "rms_norm_eps": 1e-5},
         },
     ),
     "llama": (

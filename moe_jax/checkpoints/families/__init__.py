@@ -5,8 +5,11 @@ To add one, write a `Family` and add it to the table below; the tests run over a
 
 from moe_jax.checkpoints.families.deepseek_v2 import DEEPSEEK_V2
 from moe_jax.checkpoints.families.deepseek_v3 import DEEPSEEK_V3
+from moe_jax.checkpoints.families.dots1 import DOTS1
 from moe_jax.checkpoints.families.family import Family
+from moe_jax.checkpoints.families.glm4_moe import GLM4_MOE
 from moe_jax.checkpoints.families.llama import LLAMA
+from moe_jax.checkpoints.families.minimax_m2 import MINIMAX_M2
 from moe_jax.checkpoints.families.mixtral import MIXTRAL
 from moe_jax.checkpoints.families.olmoe import OLMOE
 from moe_jax.checkpoints.families.qwen2_moe import QWEN2_MOE
@@ -20,7 +23,7 @@ __all__ = ["FAMILIES", "Family", "family_of"]
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        *(DEEPSEEK_V2, DEEPSEEK_V3),
+        *(DEEPSEEK_V2, DEEPSEEK_V3, DOTS1, GLM4_MOE, MINIMAX_M2),
         *(MIXTRAL, LLAMA, QWEN3, QWEN3_MOE, OLMOE, QWEN2_MOE),
     )
 }
