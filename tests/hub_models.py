@@ -137,6 +137,27 @@ CASES = {
             "all queries have keys of their own": {"num_key_value_heads": 4, "rms_norm_eps": 1e-5},
         },
     ),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        {"moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": 10, "moe_num_shared_experts": 2},
+        {
+            "plain": {},
+            "biases everywhere, tied": {"use_bias": True},
+            "biases everywhere, no shared experts, not tied, multi-query": {
+                "use_bias": True,
+                "moe_num_shared_experts": 0,
+                "tie_word_embeddings": False,
+                "num_key_value_heads": 1,
+            },
+            "some layers sparse, head width": {
+                "num_hidden_layers": 6,
+                "moe_layer_interval": 2,
+                "moe_layer_end_index": 4,
+                "head_dim": 12,
+            },
+            "a sum that is never reached": {"moe_norm_min": 0.9, "moe_layer_start_index": 0},
+        },
+    ),
     "llama": (
         "Llama",
         {},

@@ -150,16 +150,18 @@ def write_experts(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def expert_entries(config: DecoderConfig) -> Iterator[Entry]:
-    """Dense networks, routers, experts and shared experts."""
+def expert_entries(config: DecoderConfig, *, is_router_float32: bool = False) -> Iterator[Entry]:
+    """Dense networks, routers, experts and shared experts; some checkpoints have their routers in float32."""
     dense, sparse, ours = layers_of(config, "dense"), layers_of(config, "moe"), "layers/feed_forward"
     mlp = f"{LAYER}mlp"
     yield from swiglu_entries(mlp, f"{ours}/experts", config.dense_hidden, dense)
-    yield Entry(f"{mlp}.gate.weight", f"{ours}/router/kernel", "d e -> e d", layers=sparse)
+    router = Entry(f"{mlp}.gate.weight", f"{ours}/router/kernel", "d e -> e d", layers=sparse)
+    yield router._replace(is_float32=is_router_float32)
     yield from swiglu_entries(
         mlp + ".experts.{expert}", f"{ours}/experts", config.expert_hidden, sparse, experts=config.num_experts
     )
-    yield from swiglu_entries(f"{mlp}.shared_experts", f"{ours}/shared/experts", config.shared_hidden, sparse)
+    if config.shared_hidden:
+        yield from swiglu_entries(f"{mlp}.shared_experts", f"{ours}/shared/experts", config.shared_hidden, sparse)
 
 
 def read_scale(hub: HubConfig) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
 def _table(config: DecoderConfig) -> Iterator[Entry]:
     yield from outer_entries(config)
     yield from attention_entries(config)
-    yield from expert_entries(config)
+    yield from expert_entries(config, is_router_float32=True)
     yield bias_entry(config)
 
 
