@@ -15,18 +15,20 @@ BODY = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-LATENT = {
+SHARED = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 10,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}
+LATENT = SHARED | {
     "num_key_value_heads": 4,
     "kv_lora_rank": 8,
     "q_lora_rank": 6,
     "qk_nope_head_dim": 4,
     "qk_rope_head_dim": 6,
     "v_head_dim": 5,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 10,
-    "n_shared_experts": 2,
-    "first_k_dense_replace": 1,
 }
 YARN = {
     "rope_type": "yarn",
@@ -37,6 +39,14 @@ YARN = {
     "beta_slow": 1,
 }
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.7],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+    "short_mscale": 1.1,
+    "long_mscale": 1.3,
+}
 
 # Family -> the name of its classes, what all of its cases share, and the cases.
 CASES = {
@@ -83,6 +93,77 @@ CASES = {
             "not renormalised, tied": {"norm_topk_prob": False, "tie_word_embeddings": True},
             "yarn as published": {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
             "width that heads do not divide": {"hidden_size": 30, "first_k_dense_replace": 0},
+        },
+    ),
+    "dots1": (
+        "Dots1",
+        SHARED | {"sliding_window": None},
+        {
+            "not renormalised, no groups": {},
+            "renormalised, scaled, multi-query": {
+                "norm_topk_prob": True,
+                "routed_scaling_factor": 2.5,
+                "num_key_value_heads": 1,
+            },
+            "groups, biases, tied": {
+                "n_group": 4,
+                "topk_group": 3,
+                "attention_bias": True,
+                "tie_word_embeddings": True,
+                "first_k_dense_replace": 0,
+            },
+            "windows in the last layers, head width": {"sliding_window": 4, "max_window_layers": 1, "head_dim": 6},
+            "windows by layer": {
+                "sliding_window": 3,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            },
+        },
+    ),
+    "glm4_moe": (
+        "Glm4Moe",
+        SHARED | {"head_dim": 12},
+        {
+            "half of a head turns": {},
+            "biases, norms of queries and keys": {"attention_bias": True, "use_qk_norm": True, "n_shared_experts": 1},
+            "groups, scaled, tied": {
+                "n_group": 2,
+                "topk_group": 1,
+                "routed_scaling_factor": 2.5,
+                "tie_word_embeddings": True,
+            },
+            "whole heads turn, not renormalised": {"partial_rotary_factor": 1.0, "norm_topk_prob": False},
+            "yarn": {"rope_parameters": YARN | {"partial_rotary_factor": 0.5}, "first_k_dense_replace": 0},
+        },
+    ),
+    "minimax_m2": (
+        "MiniMaxM2",
+        {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 12},
+        {
+            "plain": {},
+            "half of a head turns, by its old name": {"rotary_dim": 6, "num_key_value_heads": 1},
+            "tied, one choice": {"tie_word_embeddings": True, "num_experts_per_tok": 1},
+            "all queries have keys of their own": {"num_key_value_heads": 4, "rms_norm_eps": 1e-5},
+        },
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        {"moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": 10, "moe_num_shared_experts": 2},
+        {
+            "plain": {},
+            "biases everywhere, tied": {"use_bias": True},
+            "biases everywhere, no shared experts, not tied, multi-query": {
+                "use_bias": True,
+                "moe_num_shared_experts": 0,
+                "tie_word_embeddings": False,
+                "num_key_value_heads": 1,
+            },
+            "some layers sparse, head width": {
+                "num_hidden_layers": 6,
+                "moe_layer_interval": 2,
+                "moe_layer_end_index": 4,
+                "head_dim": 12,
+            },
+            "a sum that is never reached": {"moe_norm_min": 0.9, "moe_layer_start_index": 0},
         },
     ),
     "llama": (
@@ -173,6 +254,62 @@ CASES = {
                 "sliding_window": 5,
                 "max_window_layers": 2,
                 "mlp_only_layers": [1],
+            },
+        },
+    ),
+    "granitemoe": (
+        "GraniteMoe",
+        EXPERTS,
+        {
+            "plain": {},
+            "multipliers, tied": {
+                "embedding_multiplier": 12.0,
+                "attention_multiplier": 0.4,
+                "residual_multiplier": 0.22,
+                "logits_scaling": 6.0,
+                "tie_word_embeddings": True,
+            },
+            "biases, head width, one choice": {
+                "attention_bias": True,
+                "head_dim": 12,
+                "num_experts_per_tok": 1,
+                "attention_multiplier": 0.3,
+            },
+        },
+    ),
+    "gpt_oss": (
+        "GptOss",
+        EXPERTS | {"head_dim": 8, "sliding_window": 5},
+        {
+            "plain": {},
+            "no biases, one window, tied": {
+                "attention_bias": False,
+                "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+                "tie_word_embeddings": True,
+            },
+            "narrow clamps, plain rotary": {
+                "swiglu_limit": 0.3,
+                "swiglu_alpha": 1.2,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+            },
+            "packed widths": {"intermediate_size": 32, "num_key_value_heads": 1, "num_experts_per_tok": 4},
+        },
+    ),
+    "phimoe": (
+        "Phimoe",
+        EXPERTS,
+        {
+            "plain": {},
+            "biases, wide jitter, window": {
+                "attention_bias": True,
+                "lm_head_bias": True,
+                "router_jitter_noise": 0.3,
+                "sliding_window": 5,
+            },
+            "short longrope": {"original_max_position_embeddings": 16, "rope_parameters": LONGROPE},
+            "long longrope": {
+                "original_max_position_embeddings": 8,
+                "rope_parameters": LONGROPE | {"long_factor": LONGROPE["short_factor"]},
             },
         },
     ),

@@ -54,6 +54,7 @@ class DecoderConfig:
       expert_hidden: F, the hidden width of one expert.
       expert: the kind of network of experts, shared experts and dense layers, a name in `nn.experts.EXPERTS`.
       expert_settings: settings of the kind, such as `{"use_bias": True}`.
+      dense_settings: settings of the kind in shared experts and dense layers; empty for those of the experts.
       expert_hidden_sizes: hidden width of each of the E experts, at most `expert_hidden`; empty for all alike.
       shared_hidden: hidden width of the shared experts together, which every token passes; 0 for none.
       shared_gate: whether their output is gated.
@@ -103,6 +104,7 @@ class DecoderConfig:
     expert_hidden: int = 48
     expert: str = "swiglu"
     expert_settings: Mapping[str, Setting] = FrozenDict()
+    dense_settings: Mapping[str, Setting] = FrozenDict()
     expert_hidden_sizes: tuple[int, ...] = ()
     shared_hidden: int = 0
     shared_gate: bool = False
@@ -137,7 +139,8 @@ class DecoderConfig:
         self._check_attention()
         if self.norm not in NORMS:
             raise ValueError(f"unknown norm {self.norm!r}; known: {', '.join(NORMS)}")
-        get_expert_kind(self.expert, **self.expert_settings)  # an unknown one fails here
+        for settings in (self.expert_settings, self.dense_settings):
+            get_expert_kind(self.expert, **settings)  # an unknown one fails here
         if self.shared_gate and not self.shared_hidden:
             raise ValueError("shared_gate=True has nothing to gate: give shared_hidden, the shared experts' width")
         init_router = make_router(self)

@@ -40,9 +40,11 @@ def score(name: str, logits: Array, is_open: Array | None) -> Array:
     return SCORES[name](jnp.where(is_open, logits, CLOSED)) * is_open
 
 
-def normalize(scores: Array) -> Array:
-    """Scores `[..., N]`, never negative, over their sum along the last axis; a row of zeros stays."""
+def normalize(scores: Array, least: float = 0.0) -> Array:
+    """Scores `[..., N]`, never negative, over their sum along the last axis, or over `least`; a row of zeros stays."""
     total = scores.sum(-1, keepdims=True)
+    if least:
+        return scores / jnp.maximum(total, least)
     return scores / jnp.where(total > 0, total, 1.0)
 
 

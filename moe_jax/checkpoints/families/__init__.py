@@ -5,10 +5,17 @@ To add one, write a `Family` and add it to the table below; the tests run over a
 
 from moe_jax.checkpoints.families.deepseek_v2 import DEEPSEEK_V2
 from moe_jax.checkpoints.families.deepseek_v3 import DEEPSEEK_V3
+from moe_jax.checkpoints.families.dots1 import DOTS1
+from moe_jax.checkpoints.families.ernie4_5_moe import ERNIE4_5_MOE
 from moe_jax.checkpoints.families.family import Family
+from moe_jax.checkpoints.families.glm4_moe import GLM4_MOE
+from moe_jax.checkpoints.families.gpt_oss import GPT_OSS
+from moe_jax.checkpoints.families.granitemoe import GRANITEMOE
 from moe_jax.checkpoints.families.llama import LLAMA
+from moe_jax.checkpoints.families.minimax_m2 import MINIMAX_M2
 from moe_jax.checkpoints.families.mixtral import MIXTRAL
 from moe_jax.checkpoints.families.olmoe import OLMOE
+from moe_jax.checkpoints.families.phimoe import PHIMOE
 from moe_jax.checkpoints.families.qwen2_moe import QWEN2_MOE
 from moe_jax.checkpoints.families.qwen3 import QWEN3
 from moe_jax.checkpoints.families.qwen3_moe import QWEN3_MOE
@@ -20,8 +27,9 @@ __all__ = ["FAMILIES", "Family", "family_of"]
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        *(DEEPSEEK_V2, DEEPSEEK_V3),
-        *(MIXTRAL, LLAMA, QWEN3, QWEN3_MOE, OLMOE, QWEN2_MOE),
+        *(MIXTRAL, LLAMA),
+        *(QWEN3, QWEN3_MOE, OLMOE, QWEN2_MOE, GRANITEMOE, GPT_OSS, PHIMOE),
+        *(DEEPSEEK_V2, DEEPSEEK_V3, DOTS1, GLM4_MOE, MINIMAX_M2, ERNIE4_5_MOE),
     )
 }
 

@@ -20,6 +20,7 @@ from moe_jax.checkpoints.families.llama import (
     swiglu_entries,
     write_body,
 )
+from moe_jax.checkpoints.families.per_layer import read_depth
 from moe_jax.checkpoints.families.rotary import yarn_score_scale
 from moe_jax.checkpoints.hub.hub_config import HubConfig
 from moe_jax.checkpoints.hub.table import Entry
@@ -41,7 +42,7 @@ def read_latent(hub: HubConfig) -> dict[str, Any]:
     """The fields of latent attention.
 
     Raises:
-      HubError: biases, fewer keys and values than heads, or heads of which only a part of the rotary part turns.
+      HubError: biases, or fewer keys and values than heads.
     """
     hub.expect("attention_bias", False)
     hub.expect("num_key_value_heads", hub.get("num_attention_heads", int), None)
@@ -53,8 +54,6 @@ def read_latent(hub: HubConfig) -> dict[str, Any]:
     if scale := yarn_score_scale(hub, query_width):
         settings["scale"] = scale
     body = read_body(hub, read_kinds(hub))
-    if "share" in body["rotary_settings"]:
-        raise HubError(f"{hub.source}: partial_rotary_factor has no meaning with latent attention; delete it")
     return body | {"attention": "latent", "attention_settings": settings, "head_width": None}
 
 
@@ -109,10 +108,9 @@ def latent_entries(config: DecoderConfig) -> Iterator[Entry]:
 
 def read_kinds(hub: HubConfig) -> tuple[LayerKind, ...]:
     """The first `first_k_dense_replace` layers are dense, the others sparse."""
-    depth = hub.count("num_hidden_layers", most=1000)
     hub.expect("moe_layer_freq", 1)
     num_dense = hub.get("first_k_dense_replace", int)
-    return tuple("dense" if index < num_dense else "moe" for index in range(depth))
+    return tuple("dense" if index < num_dense else "moe" for index in range(read_depth(hub)))
 
 
 def write_kinds(config: DecoderConfig) -> dict[str, Any]:
@@ -152,16 +150,18 @@ def write_experts(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def expert_entries(config: DecoderConfig) -> Iterator[Entry]:
-    """Dense networks, routers, experts and shared experts."""
+def expert_entries(config: DecoderConfig, *, is_router_float32: bool = False) -> Iterator[Entry]:
+    """Dense networks, routers, experts and shared experts; some checkpoints have their routers in float32."""
     dense, sparse, ours = layers_of(config, "dense"), layers_of(config, "moe"), "layers/feed_forward"
     mlp = f"{LAYER}mlp"
     yield from swiglu_entries(mlp, f"{ours}/experts", config.dense_hidden, dense)
-    yield Entry(f"{mlp}.gate.weight", f"{ours}/router/kernel", "d e -> e d", layers=sparse)
+    router = Entry(f"{mlp}.gate.weight", f"{ours}/router/kernel", "d e -> e d", layers=sparse)
+    yield router._replace(is_float32=is_router_float32)
     yield from swiglu_entries(
         mlp + ".experts.{expert}", f"{ours}/experts", config.expert_hidden, sparse, experts=config.num_experts
     )
-    yield from swiglu_entries(f"{mlp}.shared_experts", f"{ours}/shared/experts", config.shared_hidden, sparse)
+    if config.shared_hidden:
+        yield from swiglu_entries(f"{mlp}.shared_experts", f"{ours}/shared/experts", config.shared_hidden, sparse)
 
 
 def read_scale(hub: HubConfig) -> dict[str, Any]:

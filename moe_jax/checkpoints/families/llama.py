@@ -24,6 +24,7 @@ def read_body(
     *,
     epsilon: float = 1e-6,
     base: float = 10_000.0,
+    share: float | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     """The fields of `DecoderConfig` that nearly all families name alike: sizes, norms, heads, rotary positions.
@@ -33,6 +34,7 @@ def read_body(
       kinds: of each layer, or of all.
       epsilon: of the norms, where the config does not say.
       base: of the rotary positions, where the config does not say.
+      share: of a head that turns, where the config does not say; None for families whose heads turn whole.
       changes: fields that the family sets otherwise.
     """
     depth, num_heads = hub.count("num_hidden_layers", most=1000), hub.count("num_attention_heads", most=4096)
@@ -48,7 +50,7 @@ def read_body(
         "head_width": None if head_width in (None, width // num_heads) else head_width,
         "norm_epsilon": hub.get("rms_norm_eps", float, epsilon),
         "tie_embeddings": hub.get("tie_word_embeddings", bool, False),
-        **read_rotary(hub, base),
+        **read_rotary(hub, base, share),
         **changes,
     }
 

@@ -39,8 +39,13 @@ NAMES: dict[str, dict[str, str]] = {
 THEIRS = {"plain": "default"}
 
 
-def read_rotary(hub: HubConfig, default_base: float = 10_000.0) -> dict[str, Any]:
+def read_rotary(hub: HubConfig, default_base: float = 10_000.0, default_share: float | None = None) -> dict[str, Any]:
     """The fields `rotary` and `rotary_settings`.
+
+    Args:
+      hub: the `config.json`.
+      default_base: of the frequencies, where it does not say.
+      default_share: of a head that turns, where it does not say; None for a family whose heads turn whole.
 
     Raises:
       HubError: a kind of rotary positions, or a parameter of one, that is not handled.
@@ -57,9 +62,11 @@ def read_rotary(hub: HubConfig, default_base: float = 10_000.0) -> dict[str, Any
     if name not in NAMES:
         known = ", ".join(THEIRS.get(name, name) for name in NAMES)
         raise HubError(f"{hub.source}: rotary positions of type {kind!r} are not supported; known: {known}")
-    share = float(given.pop("partial_rotary_factor", 1.0))
-    if (outer := hub.maybe("partial_rotary_factor", float)) is not None:
-        share = outer
+    share = hub.get("partial_rotary_factor", float, default_share or 1.0)
+    share = float(given.pop("partial_rotary_factor", share))
+    if not 0 < share <= 1 or (share < 1 and default_share is None):
+        allowed = "1, since heads of this family turn whole" if default_share is None else "in (0, 1]"
+        raise HubError(f"{hub.source}: partial_rotary_factor={share} must be {allowed}")
     settings: dict[str, Any] = {"base": base}
     if (original := hub.maybe("original_max_position_embeddings", int)) is not None:
         given[_ORIGINAL] = original

@@ -21,7 +21,9 @@ def top_k(
     num_choices: int,
     *,
     score_function: str = "softmax",
+    by_logits: bool = False,
     renormalize: bool = False,
+    least_sum: float = 0.0,
     scale: float = 1.0,
 ) -> Choice:
     """Scores, then the K best, weighed by their scores.
@@ -30,14 +32,18 @@ def top_k(
       inputs: the tokens' logits and constraints; the bias is added to the scores for the selection.
       num_choices: K, static.
       score_function: a key of `scores.SCORES`.
+      by_logits: whether the K best are those of the largest logits, which differ where a sigmoid is 1 in float32
+        already (Llama 4). The bias is then added to the logits.
       renormalize: whether the gates of a token are divided by their sum.
+      least_sum: what they are divided by where their sum is smaller (ERNIE 4.5), as it may be under a bias.
       scale: c, a factor on the gates (DeepSeek's routed scaling factor).
     """
     scores = score(score_function, inputs.logits, inputs.is_open)
-    ids = select_top_k(biased(scores, inputs), num_choices, inputs.is_open, inputs.limit)
+    compared = inputs.logits if by_logits else scores
+    ids = select_top_k(biased(compared, inputs), num_choices, inputs.is_open, inputs.limit)
     gates = gather_chosen(scores, ids)
-    gates = scale * (normalize(gates) if renormalize else gates)
-    return Choice(ids, gates, scores if score_function == "softmax" else normalize(scores), scores=scores)
+    gates = scale * (normalize(gates, least_sum) if renormalize else gates)
+    return Choice(ids, gates, scores if score_function == "softmax" else normalize(scores), scores=compared)
 
 
 def top_k_softmax(inputs: RoutingInputs, num_choices: int) -> Choice:
