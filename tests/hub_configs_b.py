@@ -317,6 +317,71 @@ ERNIE_4_5_300B = ERNIE_4_5_21B | {
     "num_key_value_heads": 8,
     "tie_word_embeddings": False,
 }
+LLAMA_4_SCOUT = {
+    "architectures": ["Llama4ForConditionalGeneration"],
+    "boi_token_index": 200080,
+    "eoi_token_index": 200081,
+    "image_token_index": 200092,
+    "model_type": "llama4",
+    "text_config": {
+        "_attn_implementation_autoset": True,
+        "attention_bias": False,
+        "attention_chunk_size": 8192,
+        "attention_dropout": 0.0,
+        "attn_scale": 0.1,
+        "attn_temperature_tuning": 4,
+        "bos_token_id": 200000,
+        "eos_token_id": [200001, 200007, 200008],
+        "floor_scale": 8192,
+        "for_llm_compressor": False,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 5120,
+        "initializer_range": 0.02,
+        "interleave_moe_layer_step": 1,
+        "intermediate_size": 8192,
+        "intermediate_size_mlp": 16384,
+        "max_position_embeddings": 262144,
+        "model_type": "llama4_text",
+        "no_rope_layers": [],
+        "num_attention_heads": 40,
+        "num_experts_per_tok": 1,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 8,
+        "num_local_experts": 16,
+        "output_router_logits": False,
+        "pad_token_id": 200018,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 8.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+        "router_aux_loss_coef": 0.001,
+        "router_jitter_noise": 0.0,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_qk_norm": True,
+        "vocab_size": 202048,
+    },
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0.dev0",
+    "vision_config": {"model_type": "llama4_vision_model", "hidden_size": 1408, "num_hidden_layers": 34},
+}
+LLAMA_4_MAVERICK = LLAMA_4_SCOUT | {
+    "text_config": {
+        **LLAMA_4_SCOUT["text_config"],
+        "interleave_moe_layer_step": 2,
+        "max_position_embeddings": 1048576,
+        "num_local_experts": 128,
+        "rope_scaling": None,
+        "use_qk_norm": False,
+    }
+}
 
 # Name on the hub -> its config, and its parameters in billions: all, and those that a token uses.
 CONFIGS = {
@@ -330,4 +395,6 @@ CONFIGS = {
     "MiniMaxAI/MiniMax-M2": (MINIMAX_M2, 230, 10),
     "baidu/ERNIE-4.5-21B-A3B-PT": (ERNIE_4_5_21B, 21, 3),
     "baidu/ERNIE-4.5-300B-A47B-PT": (ERNIE_4_5_300B, 300, 47),
+    "meta-llama/Llama-4-Scout-17B-16E": (LLAMA_4_SCOUT, 109 - 0.9, 17),  # less what reads images
+    "meta-llama/Llama-4-Maverick-17B-128E": (LLAMA_4_MAVERICK, 400, 17),
 }
