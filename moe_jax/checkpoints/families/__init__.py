@@ -34,6 +34,9 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
+# Models that go by a name of their own and are stored as another family.
+ALIASES = {"kimi_k2": "deepseek_v3"}
+
 
 def family_of(hub: HubConfig) -> Family:
     """The family that a `config.json` names.
@@ -42,6 +45,8 @@ def family_of(hub: HubConfig) -> Family:
       HubError: an unknown `model_type`; the message lists the known ones.
     """
     name = hub.get("model_type", str)
+    name = ALIASES.get(name, name)
     if name not in FAMILIES:
-        raise HubError(f"{hub.source}: model_type {name!r} is not supported; known: {', '.join(sorted(FAMILIES))}")
+        known = ", ".join(sorted({*FAMILIES, *ALIASES}))
+        raise HubError(f"{hub.source}: model_type {name!r} is not supported; known: {known}")
     return FAMILIES[name]
