@@ -166,6 +166,38 @@ CASES = {
             "a sum that is never reached": {"moe_norm_min": 0.9, "moe_layer_start_index": 0},
         },
     ),
+    "llama4_text": (
+        "Llama4",
+        {"head_dim": 8, "intermediate_size_mlp": 20, "num_local_experts": 4, "attention_chunk_size": 4},
+        {
+            "one layer without rotary positions": {"num_hidden_layers": 4, "num_experts_per_tok": 1},
+            "dense and sparse in turn, tuned from the third token on": {
+                "num_hidden_layers": 4,
+                "interleave_moe_layer_step": 2,
+                "num_experts_per_tok": 3,
+                "floor_scale": 3,
+                "attn_scale": 0.5,
+                "no_rope_layer_interval": 2,
+            },
+            "chunks in layers of both kinds, biases, tied": {
+                "no_rope_layers": [0, 1, 1],
+                "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+                "attention_bias": True,
+                "tie_word_embeddings": True,
+                "moe_layers": [1],
+            },
+            "no norms, not tuned, multi-query": {
+                "use_qk_norm": False,
+                "attn_temperature_tuning": False,
+                "no_rope_layers": [1, 0, 1],
+                "num_key_value_heads": 1,
+            },
+            "all layers turn and see all": {
+                "no_rope_layers": [1, 1, 1],
+                "layer_types": ["full_attention"] * 3,
+            },
+        },
+    ),
     "llama": (
         "Llama",
         {},
@@ -325,10 +357,11 @@ def tiny_model(family, case):
     name, shared, cases = CASES[family]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = getattr(transformers, f"{name}Config")(**BODY | shared | cases[case])
+        kind = getattr(transformers, f"{name}ForCausalLM")
+        config = kind.config_class(**BODY | shared | cases[case])
         config._attn_implementation, config._experts_implementation = "eager", "eager"
         torch.manual_seed(0)
-        model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+        model = kind(config).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for key, tensor in [*model.named_parameters(), *model.named_buffers()]:

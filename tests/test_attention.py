@@ -135,6 +135,7 @@ def test_stretched_frequencies():
         ({"attention_settings": {"sink": True}}, "attention 'grouped_query' has no setting 'sink'"),
         ({"attention_settings": {"qk_norm": "heads"}}, "unknown qk_norm 'heads'; known: none, head, all, l2"),
         ({"attention": "linear"}, "unknown attention 'linear'; known: grouped_query, latent"),
+        ({"attention": "latent", "attention_settings": LATENT | {"rotary_width": 3}}, "rotary_width=3 must be even"),
         ({"windows": (4,)}, r"windows=\(4,\) must be one non-negative value for each of 2 layers"),
         ({"head_width": 5}, "head_width=5 an even number"),
         ({"norm": "batch"}, "unknown norm 'batch'; known: rms, layer"),

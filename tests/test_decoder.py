@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from moe_jax.dispatch import BACKENDS
+from moe_jax.models.config import DecoderConfig
 from moe_jax.models.decoder import Decoder
 from moe_jax.ops.norms import rms_norm
 from moe_jax.ops.rotary import rotate
@@ -246,3 +247,14 @@ def test_unknown_names_are_refused_when_the_model_is_made():
         make(dataclasses.replace(CONFIG, rule="best"))
     with pytest.raises(ValueError, match="backend"):
         make(dataclasses.replace(CONFIG, backend="best"))
+
+
+def test_dense_settings_are_of_dense_layers_and_shared_experts():
+    sizes = {"width": 8, "num_heads": 2, "num_kv_heads": 1, "dense_hidden": 6, "expert_hidden": 5, "shared_hidden": 7}
+    config = DecoderConfig(layers=("dense", "moe"), dense_settings={"use_bias": True}, **sizes)
+    dense, sparse = (stack.feed_forward for stack in make(config).stacks)
+    assert dense.experts.b_in.shape == (1, 1, 12)
+    assert sparse.shared.experts.b_out.shape == (1, 1, 8)
+    assert not hasattr(sparse.experts, "b_in")
+    with pytest.raises(ValueError, match="has no setting 'bias'"):
+        DecoderConfig(dense_settings={"bias": True})

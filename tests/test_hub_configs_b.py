@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_jax.checkpoints.families import family_of
+from moe_jax.checkpoints.families import FAMILIES, family_of
 from moe_jax.checkpoints.hub.hub_config import HubConfig
 from moe_jax.checkpoints.hub.tensor_files import HubError
 from moe_jax.models.cost import model_cost
@@ -21,7 +21,8 @@ def read(values):
 def test_published_configs_give_the_published_parameters(name):
     values, published, published_active = CONFIGS[name]
     config = read(values)
-    assert family_of(HubConfig(values)).refuses(config) == ""
+    family = family_of(HubConfig(values))
+    assert FAMILIES["llama4_text" if family.name == "llama4" else family.name].refuses(config) == ""
     cost = model_cost(config, 1)
     assert cost.parameters / 1e9 == pytest.approx(published, rel=0.01, abs=0.9)
     # Some authors count embedding and read-out among what a token uses, others leave one or both out; all round.
@@ -34,6 +35,29 @@ def test_deepseek_v3_has_every_parameter():
     # bias for each of 256 experts, which is no parameter of ours.
     cost = model_cost(read(CONFIGS["deepseek-ai/DeepSeek-V3"][0]), 1)
     assert cost.parameters == 671_026_419_200 - 58 * 256
+
+
+def test_llama_4_turns_three_of_four_layers_and_keeps_these_within_chunks():
+    config = read(CONFIGS["meta-llama/Llama-4-Maverick-17B-128E"][0])
+    assert config.turns[:8] == (True, True, True, False) * 2
+    assert config.chunks[:4] == (8192, 8192, 8192, 0)
+    assert config.layers[:4] == ("dense", "moe", "dense", "moe")
+    assert config.attention_settings == {"far_scale": 0.1, "far_length": 8192}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"no_rope_layers": [1, 0]}, "must hold a 0 or 1 for each of 48 layers"),
+        ({"layer_types": ["sliding_attention"] * 48}, "must name 48 layers"),
+        ({"hidden_act": "gelu"}, "text_config: hidden_act='gelu'"),
+        ({"mystery": 7}, "text_config says mystery=7"),
+    ],
+)
+def test_the_text_of_llama_4_is_checked_like_a_config(changes, message):
+    scout = CONFIGS["meta-llama/Llama-4-Scout-17B-16E"][0]
+    with pytest.raises(HubError, match=message):
+        read(scout | {"text_config": scout["text_config"] | changes})
 
 
 @pytest.mark.parametrize(

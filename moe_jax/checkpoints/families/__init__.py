@@ -12,6 +12,7 @@ from moe_jax.checkpoints.families.glm4_moe import GLM4_MOE
 from moe_jax.checkpoints.families.gpt_oss import GPT_OSS
 from moe_jax.checkpoints.families.granitemoe import GRANITEMOE
 from moe_jax.checkpoints.families.llama import LLAMA
+from moe_jax.checkpoints.families.llama4 import LLAMA4, LLAMA4_TEXT
 from moe_jax.checkpoints.families.minimax_m2 import MINIMAX_M2
 from moe_jax.checkpoints.families.mixtral import MIXTRAL
 from moe_jax.checkpoints.families.olmoe import OLMOE
@@ -29,9 +30,12 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(MIXTRAL, LLAMA),
         *(QWEN3, QWEN3_MOE, OLMOE, QWEN2_MOE, GRANITEMOE, GPT_OSS, PHIMOE),
-        *(DEEPSEEK_V2, DEEPSEEK_V3, DOTS1, GLM4_MOE, MINIMAX_M2, ERNIE4_5_MOE),
+        *(DEEPSEEK_V2, DEEPSEEK_V3, DOTS1, GLM4_MOE, MINIMAX_M2, ERNIE4_5_MOE, LLAMA4_TEXT, LLAMA4),
     )
 }
+
+# Models that go by a name of their own and are stored as another family.
+ALIASES = {"kimi_k2": "deepseek_v3"}
 
 
 def family_of(hub: HubConfig) -> Family:
@@ -41,6 +45,8 @@ def family_of(hub: HubConfig) -> Family:
       HubError: an unknown `model_type`; the message lists the known ones.
     """
     name = hub.get("model_type", str)
+    name = ALIASES.get(name, name)
     if name not in FAMILIES:
-        raise HubError(f"{hub.source}: model_type {name!r} is not supported; known: {', '.join(sorted(FAMILIES))}")
+        known = ", ".join(sorted({*FAMILIES, *ALIASES}))
+        raise HubError(f"{hub.source}: model_type {name!r} is not supported; known: {known}")
     return FAMILIES[name]

@@ -11,21 +11,21 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from moe_jax.checkpoints.families.family import Family
-from moe_jax.checkpoints.families.llama import (
-    LAYER,
-    layers_of,
-    outer_entries,
-    read_body,
-    swiglu_entries,
-    write_body,
+from moe_jax.checkpoints.families.deepseek_experts import (
+    expert_entries,
+    read_experts,
+    read_kinds,
+    read_scale,
+    write_experts,
+    write_kinds,
 )
-from moe_jax.checkpoints.families.per_layer import read_depth
+from moe_jax.checkpoints.families.family import Family
+from moe_jax.checkpoints.families.llama import LAYER, outer_entries, read_body, write_body
 from moe_jax.checkpoints.families.rotary import yarn_score_scale
 from moe_jax.checkpoints.hub.hub_config import HubConfig
 from moe_jax.checkpoints.hub.table import Entry
 from moe_jax.checkpoints.hub.tensor_files import HubError
-from moe_jax.models.config import DecoderConfig, LayerKind
+from moe_jax.models.config import DecoderConfig
 from moe_jax.ops.rotary import yarn_magnitude
 
 # Their names of the widths of latent attention.
@@ -104,70 +104,6 @@ def latent_entries(config: DecoderConfig) -> Iterator[Entry]:
     yield Entry(f"{theirs}.kv_a_layernorm.weight", f"{ours}/norm", "r -> r", layers=every)
     yield Entry(f"{theirs}.kv_b_proj.weight", f"{ours}/up", "r h k -> (h k) r", layers=every)
     yield Entry(f"{theirs}.o_proj.weight", f"{ours}/out", "h v d -> d (h v)", layers=every)
-
-
-def read_kinds(hub: HubConfig) -> tuple[LayerKind, ...]:
-    """The first `first_k_dense_replace` layers are dense, the others sparse."""
-    hub.expect("moe_layer_freq", 1)
-    num_dense = hub.get("first_k_dense_replace", int)
-    return tuple("dense" if index < num_dense else "moe" for index in range(read_depth(hub)))
-
-
-def write_kinds(config: DecoderConfig) -> dict[str, Any]:
-    """The key that `read_kinds` reads."""
-    return {"first_k_dense_replace": len(layers_of(config, "dense"))}
-
-
-def read_experts(hub: HubConfig) -> dict[str, Any]:
-    """Numbers and widths of dense networks, experts and shared experts."""
-    hub.expect("mlp_bias", False)
-    hidden = hub.count("moe_intermediate_size")
-    return {
-        "dense_hidden": hub.count("intermediate_size"),
-        "num_experts": hub.count("n_routed_experts"),
-        "num_choices": hub.count("num_experts_per_tok"),
-        "expert_hidden": hidden,
-        "shared_hidden": hidden * hub.count("n_shared_experts", most=1000),
-    }
-
-
-def write_experts(config: DecoderConfig) -> dict[str, Any]:
-    """The keys that `read_experts` reads.
-
-    Raises:
-      HubError: shared experts that are no whole number of the others.
-    """
-    if not config.shared_hidden or config.shared_hidden % config.expert_hidden:
-        raise HubError(
-            f"shared_hidden={config.shared_hidden} must be one or more times expert_hidden={config.expert_hidden}"
-        )
-    return {
-        "intermediate_size": config.dense_hidden,
-        "n_routed_experts": config.num_experts,
-        "num_experts_per_tok": config.num_choices,
-        "moe_intermediate_size": config.expert_hidden,
-        "n_shared_experts": config.shared_hidden // config.expert_hidden,
-    }
-
-
-def expert_entries(config: DecoderConfig, *, is_router_float32: bool = False) -> Iterator[Entry]:
-    """Dense networks, routers, experts and shared experts; some checkpoints have their routers in float32."""
-    dense, sparse, ours = layers_of(config, "dense"), layers_of(config, "moe"), "layers/feed_forward"
-    mlp = f"{LAYER}mlp"
-    yield from swiglu_entries(mlp, f"{ours}/experts", config.dense_hidden, dense)
-    router = Entry(f"{mlp}.gate.weight", f"{ours}/router/kernel", "d e -> e d", layers=sparse)
-    yield router._replace(is_float32=is_router_float32)
-    yield from swiglu_entries(
-        mlp + ".experts.{expert}", f"{ours}/experts", config.expert_hidden, sparse, experts=config.num_experts
-    )
-    if config.shared_hidden:
-        yield from swiglu_entries(f"{mlp}.shared_experts", f"{ours}/shared/experts", config.shared_hidden, sparse)
-
-
-def read_scale(hub: HubConfig) -> dict[str, Any]:
-    """The factor on the gates as a setting of a rule; none where it is 1."""
-    scale = hub.get("routed_scaling_factor", float, 1.0)
-    return {} if scale == 1 else {"scale": scale}
 
 
 def _read(hub: HubConfig) -> DecoderConfig:

@@ -10,57 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from moe_jax.checkpoints.families.deepseek_v2 import (
+from moe_jax.checkpoints.families.deepseek_experts import (
+    bias_entry,
     expert_entries,
-    latent_entries,
     read_experts,
-    read_latent,
-    read_scale,
+    read_sigmoid_rule,
     write_experts,
-    write_latent,
+    write_sigmoid_rule,
 )
+from moe_jax.checkpoints.families.deepseek_v2 import latent_entries, read_latent, write_latent
 from moe_jax.checkpoints.families.family import Family
-from moe_jax.checkpoints.families.llama import LAYER, layers_of, outer_entries
+from moe_jax.checkpoints.families.llama import outer_entries
 from moe_jax.checkpoints.hub.block_fp8 import open_block_fp8
 from moe_jax.checkpoints.hub.hub_config import HubConfig
 from moe_jax.checkpoints.hub.table import Entry
 from moe_jax.models.config import DecoderConfig
-
-
-def read_sigmoid_rule(hub: HubConfig, is_normalized: bool) -> dict[str, Any]:
-    """The rule and its settings.
-
-    Args:
-      hub: the `config.json`.
-      is_normalized: whether gates are divided by their sum, where it does not say.
-    """
-    hub.expect("scoring_func", "sigmoid")
-    hub.expect("topk_method", "noaux_tc")
-    settings = read_scale(hub)
-    if not hub.get("norm_topk_prob", bool, is_normalized):
-        settings["renormalize"] = False
-    num_groups, open_groups = hub.count("n_group", 1), hub.count("topk_group", 1)
-    if num_groups == 1:
-        return {"rule": "sigmoid_top_k", "rule_settings": settings}
-    settings |= {"num_groups": num_groups, "open_groups": open_groups}
-    return {"rule": "group_limited_sigmoid_top_k", "rule_settings": settings}
-
-
-def write_sigmoid_rule(config: DecoderConfig) -> dict[str, Any]:
-    """The keys that `read_sigmoid_rule` reads."""
-    settings = config.rule_settings
-    return {
-        "n_group": settings.get("num_groups", 1),
-        "topk_group": settings.get("open_groups", 1),
-        "norm_topk_prob": settings.get("renormalize", True),
-        "routed_scaling_factor": settings.get("scale", 1.0),
-    }
-
-
-def bias_entry(config: DecoderConfig, theirs: str = "mlp.gate.e_score_correction_bias") -> Entry:
-    """The bias on the selection, which our layers keep as balance state."""
-    sparse = layers_of(config, "moe")
-    return Entry(f"{LAYER}{theirs}", "layers/feed_forward/bias", "e -> e", layers=sparse, is_float32=True)
 
 
 def further_layers(config: DecoderConfig) -> tuple[str, ...]:

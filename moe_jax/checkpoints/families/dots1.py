@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from moe_jax.checkpoints.families.deepseek_v2 import (
+from moe_jax.checkpoints.families.deepseek_experts import (
+    bias_entry,
     expert_entries,
     read_experts,
     read_kinds,
+    read_sigmoid_rule,
     write_experts,
     write_kinds,
+    write_sigmoid_rule,
 )
-from moe_jax.checkpoints.families.deepseek_v3 import bias_entry, read_sigmoid_rule, write_sigmoid_rule
 from moe_jax.checkpoints.families.family import Family
 from moe_jax.checkpoints.families.llama import (
     attention_entries,

@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from moe_jax.checkpoints.families.deepseek_v2 import expert_entries
-from moe_jax.checkpoints.families.deepseek_v3 import bias_entry
+from moe_jax.checkpoints.families.deepseek_experts import bias_entry, expert_entries
 from moe_jax.checkpoints.families.family import Family
 from moe_jax.checkpoints.families.llama import (
     GATE_UP_DOWN,

@@ -9,19 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from moe_jax.checkpoints.families.deepseek_v2 import (
+from moe_jax.checkpoints.families.deepseek_experts import (
+    bias_entry,
     expert_entries,
     read_experts,
     read_kinds,
+    read_sigmoid_rule,
     write_experts,
     write_kinds,
-)
-from moe_jax.checkpoints.families.deepseek_v3 import (
-    bias_entry,
-    further_layers,
-    read_sigmoid_rule,
     write_sigmoid_rule,
 )
+from moe_jax.checkpoints.families.deepseek_v3 import further_layers
 from moe_jax.checkpoints.families.family import Family
 from moe_jax.checkpoints.families.llama import attention_entries, outer_entries, read_body, write_body
 from moe_jax.checkpoints.hub.hub_config import HubConfig

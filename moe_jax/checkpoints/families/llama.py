@@ -103,17 +103,14 @@ def attention_entries(config: DecoderConfig, *, is_interleaved: bool = False) ->
       is_interleaved: whether their rotary pairs are neighbours (2i, 2i + 1), where ours are (i, i + R/2).
     """
     every, settings = tuple(range(len(config.layers))), config.attention_settings
-    start, head = 0, config.head_width or config.width // config.num_heads
-    turned = {"two": 2, "k": head // 2} if is_interleaved else {}
-    counts = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads, "v_proj": config.num_kv_heads}
+    start, counts = 0, {"q_proj": config.num_heads, "k_proj": config.num_kv_heads, "v_proj": config.num_kv_heads}
     for name, count in counts.items():
-        theirs, is_turned = f"{LAYER}self_attn.{name}", bool(turned) and name != "v_proj"
-        left, right, sizes = ("(two k)", "(h k two)", turned) if is_turned else ("k", "(h k)", {})
-        weight = Entry(f"{theirs}.weight", "layers/attention/qkv", f"d h {left} -> {right} d")
-        yield weight._replace(part=(1, start, start + count), sizes=sizes, layers=every)
+        theirs, turns = f"{LAYER}self_attn.{name}", is_interleaved and name != "v_proj"
+        weight = Entry(f"{theirs}.weight", "layers/attention/qkv", "d h k -> (h k) d", (1, start, start + count))
+        yield weight._replace(layers=every, pairs=(2, 0) if turns else None)
         if settings.get("use_bias"):
-            bias = Entry(f"{theirs}.bias", "layers/attention/qkv_bias", f"h {left} -> {right}")
-            yield bias._replace(part=(0, start, start + count), sizes=sizes, layers=every)
+            bias = Entry(f"{theirs}.bias", "layers/attention/qkv_bias", "h k -> (h k)", (0, start, start + count))
+            yield bias._replace(layers=every, pairs=(1, 0) if turns else None)
         start += count
     yield Entry(f"{LAYER}self_attn.o_proj.weight", "layers/attention/out", "h k d -> d (h k)", layers=every)
     if settings.get("use_out_bias"):

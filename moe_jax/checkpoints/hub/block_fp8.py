@@ -64,10 +64,10 @@ class BlockFp8:
             if stored.dtype == ml_dtypes.float8_e4m3fn:
                 raise HubError(f"tensor {name!r} is stored in 8 bits, and {name + SCALE!r} with its scales is missing")
             return stored
-        scale = self._tensors.read(name + SCALE).astype(np.float32)
-        for axis, step in enumerate(self._block):
-            scale = scale.repeat(step, axis).take(np.arange(stored.shape[axis]), axis)
-        return stored.astype(np.float32) * scale
+        unpacked, (rows, columns) = stored.astype(np.float32), self._block
+        for index, scales in enumerate(self._tensors.read(name + SCALE).astype(np.float32)):
+            unpacked[index * rows : (index + 1) * rows] *= scales.repeat(columns)[: stored.shape[1]]
+        return unpacked
 
 
 def open_block_fp8(tensors: Tensors, hub_config: Mapping[str, Any]) -> Tensors:

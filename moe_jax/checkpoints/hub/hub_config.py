@@ -21,6 +21,7 @@ INERT = frozenset(
         *("auto_map", "attn_implementation", "_attn_implementation", "_experts_implementation", "torchscript"),
         *("chunk_size_feed_forward", "id2label", "label2id", "problem_type", "tokenizer_class", "prefix"),
         *("aux_loss_alpha", "seq_aux", "ep_size", "num_nextn_predict_layers"),
+        *("_attn_implementation_autoset", "for_llm_compressor"),
         *("is_encoder_decoder", "is_decoder", "add_cross_attention", "task_specific_params", "finetuning_task"),
     }
 )
