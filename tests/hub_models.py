@@ -37,6 +37,14 @@ YARN = {
     "beta_slow": 1,
 }
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.7],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+    "short_mscale": 1.1,
+    "long_mscale": 1.3,
+}
 
 # Family -> the name of its classes, what all of its cases share, and the cases.
 CASES = {
@@ -173,6 +181,62 @@ CASES = {
                 "sliding_window": 5,
                 "max_window_layers": 2,
                 "mlp_only_layers": [1],
+            },
+        },
+    ),
+    "granitemoe": (
+        "GraniteMoe",
+        EXPERTS,
+        {
+            "plain": {},
+            "multipliers, tied": {
+                "embedding_multiplier": 12.0,
+                "attention_multiplier": 0.4,
+                "residual_multiplier": 0.22,
+                "logits_scaling": 6.0,
+                "tie_word_embeddings": True,
+            },
+            "biases, head width, one choice": {
+                "attention_bias": True,
+                "head_dim": 12,
+                "num_experts_per_tok": 1,
+                "attention_multiplier": 0.3,
+            },
+        },
+    ),
+    "gpt_oss": (
+        "GptOss",
+        EXPERTS | {"head_dim": 8, "sliding_window": 5},
+        {
+            "plain": {},
+            "no biases, one window, tied": {
+                "attention_bias": False,
+                "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+                "tie_word_embeddings": True,
+            },
+            "narrow clamps, plain rotary": {
+                "swiglu_limit": 0.3,
+                "swiglu_alpha": 1.2,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+            },
+            "packed widths": {"intermediate_size": 32, "num_key_value_heads": 1, "num_experts_per_tok": 4},
+        },
+    ),
+    "phimoe": (
+        "Phimoe",
+        EXPERTS,
+        {
+            "plain": {},
+            "biases, wide jitter, window": {
+                "attention_bias": True,
+                "lm_head_bias": True,
+                "router_jitter_noise": 0.3,
+                "sliding_window": 5,
+            },
+            "short longrope": {"original_max_position_embeddings": 16, "rope_parameters": LONGROPE},
+            "long longrope": {
+                "original_max_position_embeddings": 8,
+                "rope_parameters": LONGROPE | {"long_factor": LONGROPE["short_factor"]},
             },
         },
     ),

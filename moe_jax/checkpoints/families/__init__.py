@@ -6,9 +6,12 @@ To add one, write a `Family` and add it to the table below; the tests run over a
 from moe_jax.checkpoints.families.deepseek_v2 import DEEPSEEK_V2
 from moe_jax.checkpoints.families.deepseek_v3 import DEEPSEEK_V3
 from moe_jax.checkpoints.families.family import Family
+from moe_jax.checkpoints.families.gpt_oss import GPT_OSS
+from moe_jax.checkpoints.families.granitemoe import GRANITEMOE
 from moe_jax.checkpoints.families.llama import LLAMA
 from moe_jax.checkpoints.families.mixtral import MIXTRAL
 from moe_jax.checkpoints.families.olmoe import OLMOE
+from moe_jax.checkpoints.families.phimoe import PHIMOE
 from moe_jax.checkpoints.families.qwen2_moe import QWEN2_MOE
 from moe_jax.checkpoints.families.qwen3 import QWEN3
 from moe_jax.checkpoints.families.qwen3_moe import QWEN3_MOE
@@ -21,7 +24,7 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         *(DEEPSEEK_V2, DEEPSEEK_V3),
-        *(MIXTRAL, LLAMA, QWEN3, QWEN3_MOE, OLMOE, QWEN2_MOE),
+        *(MIXTRAL, LLAMA, QWEN3, QWEN3_MOE, OLMOE, QWEN2_MOE, GRANITEMOE, GPT_OSS, PHIMOE),
     )
 }
 

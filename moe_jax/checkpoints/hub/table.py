@@ -77,13 +77,14 @@ class Binding(NamedTuple):
         """
         ours = self.view(array)
         left, right = self.entry.pattern.split(" -> ")
-        sizes = {} if "(" in left else parse_shape(ours, left.replace("1", "_"))
+        apart = left.replace("(", "").replace(")", "")  # splitting axes makes views, so nothing is copied in between
+        target = rearrange(ours, f"{left} -> {apart}", **self.entry.sizes)
         try:
-            found = rearrange(theirs, f"{right} -> {left}", **(sizes | dict(self.entry.sizes)))
+            found = rearrange(theirs, f"{right} -> {apart}", **parse_shape(target, apart.replace("1", "_")))
             if self.entry.pairs is not None:
                 axis, start = self.entry.pairs
                 found = found.take(_their_places(found.shape[axis], start), axis)
-            ours[...] = found
+            target[...] = found
         except (EinopsError, ValueError) as error:
             expected: list[int] = list(
                 rearrange(np.empty(ours.shape, bool), self.entry.pattern, **self.entry.sizes).shape
