@@ -8,10 +8,7 @@ from moe_jax.checkpoints.families.deepseek_v3 import DEEPSEEK_V3
 from moe_jax.checkpoints.families.dots1 import DOTS1
 from moe_jax.checkpoints.families.ernie4_5_moe import ERNIE4_5_MOE
 from moe_jax.checkpoints.families.family import Family
-<<<<<<< HEAD
 from moe_jax.checkpoints.families.glm4_moe import GLM4_MOE
-=======
->>>>>>> h-fa
 from moe_jax.checkpoints.families.gpt_oss import GPT_OSS
 from moe_jax.checkpoints.families.granitemoe import GRANITEMOE
 from moe_jax.checkpoints.families.llama import LLAMA
@@ -31,14 +28,9 @@ __all__ = ["FAMILIES", "Family", "family_of"]
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-<<<<<<< HEAD
         *(MIXTRAL, LLAMA),
         *(QWEN3, QWEN3_MOE, OLMOE, QWEN2_MOE, GRANITEMOE, GPT_OSS, PHIMOE),
         *(DEEPSEEK_V2, DEEPSEEK_V3, DOTS1, GLM4_MOE, MINIMAX_M2, ERNIE4_5_MOE, LLAMA4_TEXT, LLAMA4),
-=======
-        *(DEEPSEEK_V2, DEEPSEEK_V3),
-        *(MIXTRAL, LLAMA, QWEN3, QWEN3_MOE, OLMOE, QWEN2_MOE, GRANITEMOE, GPT_OSS, PHIMOE),
->>>>>>> h-fa
     )
 }
 

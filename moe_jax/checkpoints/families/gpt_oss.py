@@ -16,11 +16,7 @@ from moe_jax.models.config import DecoderConfig
 
 
 def _read(hub: HubConfig) -> DecoderConfig:
-<<<<<<< HEAD
-    if "rope_parameters" not in hub:
-=======
     if hub.maybe("rope_parameters", dict) is None:
->>>>>>> h-fa
         hub.get("rope_scaling", dict)  # transformers would take those of the published models
     hub.expect("experts_per_token", hub.values.get("num_experts_per_tok"))  # the older name, beside the other
     hub.maybe("initial_context_length", int)  # the same as the rotary positions' original length
