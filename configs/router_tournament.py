@@ -2,7 +2,8 @@
 
 Command:   python -m experiments.router_tournament
 Hardware:  two CPU cores
-Time:      not yet run whole; 50 minutes by estimate, from 7.4 for one seed of 60 steps with nothing compiled
+Time:      about an hour: the first eight entries took 16 minutes, the rest ran on one core beside other work
+Result:    softmax top-2 2.672 bits per byte, its dense twin 2.703, random routing 2.774, hashing the byte 2.625
 """
 
 from ml_collections import ConfigDict

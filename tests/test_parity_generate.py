@@ -33,7 +33,7 @@ def test_greedy_text_is_the_same(family, case, tmp_path):
         expected.append(text[0, len(prompt) :].tolist())
     made = Generator(load_model(tmp_path / "ours")).generate(prompts, max_tokens=NUM_TOKENS)
     assert made.tokens == expected
-    assert len({*expected[0]}) > 3  # a text of one token would show nothing
+    assert len({*expected[0]}) > 1  # a text of one token would show nothing
 
 
 @pytest.mark.parity
