@@ -12,7 +12,12 @@ from moe_jax.models.structure import named_arrays
 from .hub_models import CASES, VOCAB, tiny_model
 
 NUM_TOKENS = 64
-FIRST_TWO = [(family, case) for family, (_, _, cases) in CASES.items() for case in list(cases)[:2]]
+# Random models with tied embeddings repeat one token for ever, which shows nothing.
+FIRST_TWO = [
+    (family, case)
+    for family, (_, _, cases) in CASES.items()
+    for case in [case for case, changes in cases.items() if not changes.get("tie_word_embeddings")][:2]
+]
 
 
 @pytest.mark.parity
