@@ -1,4 +1,6 @@
-"""Tables whose tensors have rotary coordinates side by side."""
+"""Tables whose tensors are arranged otherwise than ours: rotary pairs side by side, halves that take turns."""
+
+import tracemalloc
 
 import numpy as np
 
@@ -15,3 +17,17 @@ def test_rotary_pairs_change_places_and_back():
     filled = np.zeros_like(ours)
     binding.fill(filled, theirs)
     np.testing.assert_array_equal(filled, ours)
+
+
+def test_filling_copies_nothing_in_between(rng):
+    """Theirs takes turns, ours has two halves: the tensor goes from one to the other without a third in memory."""
+    (binding,) = bind([Entry("theirs", "ours", "e d (two f) -> e d (f two)", sizes={"two": 2})], {})
+    theirs = rng.normal(size=(4, 64, 2048)).astype(np.float32)
+    ours = np.empty_like(theirs)
+    tracemalloc.start()
+    binding.fill(ours, theirs)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 0.05 * ours.nbytes
+    np.testing.assert_array_equal(ours[:, :, :1024], theirs[:, :, ::2])
+    np.testing.assert_array_equal(ours[:, :, 1024:], theirs[:, :, 1::2])

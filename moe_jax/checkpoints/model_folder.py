@@ -92,7 +92,7 @@ def import_checkpoint(
     config = family.read(read)
     read.finish()
     tensors = family.open(packed, read.values)
-    stored = _stored_dtype(read.values, tensors)
+    stored = _stored_dtype(read.values, packed)
     bindings = bindings_of(family, config)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.part")
     unfinished.mkdir(parents=True)
@@ -298,15 +298,16 @@ def _write_facts(path: Path, facts: ModelFacts) -> None:
     path.write_text(json.dumps(text, indent=2) + "\n")
 
 
-def _stored_dtype(hub_config: Mapping[str, Any], tensors: Tensors) -> str:
-    """The dtype that the checkpoint's config names, or that of most of its numbers."""
+def _stored_dtype(hub_config: Mapping[str, Any], packed: Tensors) -> str:
+    """The dtype that the checkpoint's config names, or that of most of its numbers but for those that are packed."""
+    sizes = {"float32": 0, "bfloat16": 0, "float16": 0}
     named = hub_config.get("dtype") or hub_config.get("torch_dtype")
-    if named in ("float32", "bfloat16", "float16"):
+    if named in list(sizes):
         return named
-    sizes: dict[str, int] = {}
-    for name in tensors.names():
-        key = str(tensors.read(name).dtype)
-        sizes[key] = sizes.get(key, 0) + math.prod(tensors.shape(name))
+    for name in packed.names():
+        key = str(packed.read(name).dtype)
+        if key in sizes:
+            sizes[key] += math.prod(packed.shape(name))
     return max(sizes, key=lambda key: sizes[key])
 
 

@@ -23,12 +23,15 @@ def _read(hub: HubConfig) -> DecoderConfig:
     body = read_body(hub, "moe", epsilon=1e-5, base=1e6)
     if body["rotary"] not in ("plain", "longrope"):
         raise HubError(f"{hub.source}: rotary positions {body['rotary']!r} are not supported; known: default, longrope")
+    jitter = hub.get("router_jitter_noise", float, 0.01)  # in evaluation, too: who is near
+    if not 0 <= jitter < 1:
+        raise HubError(f"{hub.source}: router_jitter_noise must be in [0, 1), got {jitter}")
     return DecoderConfig(
         num_experts=hub.count("num_local_experts", 16),
         num_choices=2,
         expert_hidden=hub.count("intermediate_size"),
         rule="sparse_mixer",
-        rule_settings={"jitter": hub.get("router_jitter_noise", float, 0.01)},
+        rule_settings={"jitter": jitter},
         norm="layer",
         read_out_bias=hub.get("lm_head_bias", bool, False),
         attention_settings=read_biases(hub),

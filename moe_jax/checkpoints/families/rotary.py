@@ -37,6 +37,7 @@ NAMES: dict[str, dict[str, str]] = {
     },
 }
 THEIRS = {"plain": "default"}
+_ORIGINAL = "original_max_position_embeddings"
 
 
 def read_rotary(hub: HubConfig, default_base: float = 10_000.0, default_share: float | None = None) -> dict[str, Any]:
@@ -50,14 +51,8 @@ def read_rotary(hub: HubConfig, default_base: float = 10_000.0, default_share: f
     Raises:
       HubError: a kind of rotary positions, or a parameter of one, that is not handled.
     """
-    given = dict(hub.maybe("rope_parameters", dict) or {})
-    old = dict(hub.maybe("rope_scaling", dict) or {})
-    base = hub.maybe("rope_theta", float)
-    given = {**old, **given}
-    base = float(given.pop("rope_theta", base or default_base))
-    kind = given.pop("rope_type", given.pop("type", "default"))
-    given.pop("type", None)
-    given.pop("mrope_section", None)
+    kind, given = _kind_and_parameters(hub)
+    base = float(given.pop("rope_theta", default_base))
     name = {"default": "plain"}.get(kind, kind)
     if name not in NAMES:
         known = ", ".join(THEIRS.get(name, name) for name in NAMES)
@@ -68,14 +63,10 @@ def read_rotary(hub: HubConfig, default_base: float = 10_000.0, default_share: f
         allowed = "1, since heads of this family turn whole" if default_share is None else "in (0, 1]"
         raise HubError(f"{hub.source}: partial_rotary_factor={share} must be {allowed}")
     settings: dict[str, Any] = {"base": base}
-    if (original := hub.maybe("original_max_position_embeddings", int)) is not None:
-        given[_ORIGINAL] = original
     if _ORIGINAL not in NAMES[name]:
         given.pop(_ORIGINAL, None)
-    elif given.get(_ORIGINAL) is None:
+    elif _ORIGINAL not in given:
         given[_ORIGINAL] = hub.count("max_position_embeddings", most=2**40)
-    if "factor" in NAMES[name] and not given.get("factor"):
-        raise HubError(f"{hub.source}: rotary positions of type {kind!r} need a factor")
     if name == "yarn":
         given = _with_yarn_magnitude(given)
     if name == "longrope":
@@ -83,8 +74,9 @@ def read_rotary(hub: HubConfig, default_base: float = 10_000.0, default_share: f
     for theirs, value in given.items():
         if theirs not in NAMES[name]:
             raise HubError(f"{hub.source}: parameter {theirs}={value!r} of {kind!r} rotary positions is not known")
-        if value is not None:
-            settings[NAMES[name][theirs]] = tuple(map(float, value)) if isinstance(value, list) else value
+        settings[NAMES[name][theirs]] = tuple(map(float, value)) if isinstance(value, list) else value
+    if "factor" in NAMES[name] and "factor" not in settings:
+        raise HubError(f"{hub.source}: rotary positions of type {kind!r} need a factor")
     if share != 1:
         settings["share"] = share
     return {"rotary": name, "rotary_settings": settings}
@@ -103,21 +95,55 @@ def write_rotary(config: DecoderConfig) -> dict[str, Any]:
     return {"rope_parameters": written}
 
 
+def _kind_and_parameters(hub: HubConfig) -> tuple[str, dict[str, Any]]:
+    """The kind that a config names, and the parameters that it gives, old spelling or new, without those that are null.
+
+    Raises:
+      HubError: a parameter that is no positive number, list of them, or switch.
+    """
+    parts = (
+        {"rope_theta": hub.maybe("rope_theta", float)},
+        hub.maybe("rope_scaling", dict) or {},
+        hub.maybe("rope_parameters", dict) or {},
+        {_ORIGINAL: hub.maybe(_ORIGINAL, int)},
+    )
+    given = {key: value for part in parts for key, value in part.items() if value is not None}
+    old_kind = given.pop("type", "default")
+    kind = given.pop("rope_type", old_kind)
+    for key in ("mrope_section", *(key for key in ("mscale", "mscale_all_dim") if given.get(key) == 0)):
+        given.pop(key, None)
+    for key, value in given.items():
+        if key == "truncate":
+            is_fine, wanted = isinstance(value, bool), "true or false"
+        elif key in ("short_factor", "long_factor"):
+            is_fine, wanted = isinstance(value, list) and all(map(_is_positive, value)), "a list of positive numbers"
+        else:
+            is_fine, wanted = _is_positive(value), "a positive number"
+        if not is_fine:
+            raise HubError(f"{hub.source}: {key!r} of the rotary positions must be {wanted}, got {value!r}")
+    return str(kind), given
+
+
+def _is_positive(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf
+
+
 def _with_yarn_magnitude(given: dict[str, Any]) -> dict[str, Any]:
     """DeepSeek's two weights of the magnitude, as the magnitude that they come to; see `yarn_score_scale`."""
     weight, weight_all = given.pop("mscale", None), given.pop("mscale_all_dim", None)
-    if given.get("attention_factor") is None and weight and weight_all:
-        factor = given["factor"]
+    if "attention_factor" not in given and weight and weight_all:
+        factor = given.get("factor", 1.0)
         given["attention_factor"] = yarn_magnitude(factor, weight) / yarn_magnitude(factor, weight_all)
     return given
 
 
 def yarn_score_scale(hub: HubConfig, query_width: int) -> float:
     """Factor on the scores of DeepSeek's attention, `magnitude(mscale_all_dim)^2 / sqrt(width)`; 0 for the usual."""
-    given = {**(hub.maybe("rope_scaling", dict) or {}), **(hub.maybe("rope_parameters", dict) or {})}
-    if not given.get("mscale_all_dim"):
+    _, given = _kind_and_parameters(hub)
+    if "mscale_all_dim" not in given:
         return 0.0
-    return yarn_magnitude(given["factor"], given["mscale_all_dim"]) ** 2 * query_width**-0.5
+    return yarn_magnitude(given.get("factor", 1.0), given["mscale_all_dim"]) ** 2 * query_width**-0.5
 
 
 def _with_longrope_magnitude(hub: HubConfig, given: dict[str, Any]) -> dict[str, Any]:
@@ -125,9 +151,8 @@ def _with_longrope_magnitude(hub: HubConfig, given: dict[str, Any]) -> dict[str,
     factor, usual, original = given.pop("factor", None), given.pop("attention_factor", None), given[_ORIGINAL]
     if {"short_mscale", "long_mscale"} <= given.keys():
         return given
+    if original <= 1:
+        raise HubError(f"{hub.source}: longrope needs an {_ORIGINAL} above 1, got {original}")
     factor = factor or hub.count("max_position_embeddings", most=2**40) / original
     usual = usual or (1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original)))
     return {"short_mscale": usual, "long_mscale": usual} | given
-
-
-_ORIGINAL = "original_max_position_embeddings"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -87,6 +88,8 @@ class HubConfig:
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise HubError(f"{self.source}: {key!r} must be of type {kind.__name__}, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise HubError(f"{self.source}: {key!r} must be finite, got {value!r}")
         return value
 
     def count(self, key: str, default: int | None = None, most: int = 2**24) -> int:
