@@ -2,7 +2,7 @@
 
 import   checkpoint of a family -> folder     one tensor at a time, into a file that is laid out beforehand
 export   folder -> checkpoint of its family   one shard at a time
-load     folder -> Decoder                    one parameter at a time, onto any sharding
+load     folder -> model                      one parameter at a time, onto any sharding
 """
 
 from __future__ import annotations
@@ -30,8 +30,15 @@ from moe_jax.checkpoints.hub.hub_config import HubConfig
 from moe_jax.checkpoints.hub.table import Binding, bind, import_tensors
 from moe_jax.checkpoints.hub.tensor_files import INDEX, Checkpoint, HubError, TensorFile, Tensors, TensorWriter
 from moe_jax.models.config import DecoderConfig
-from moe_jax.models.decoder import Decoder
-from moe_jax.models.structure import array_shapes, fill_decoder, named_arrays, untrained_arrays
+from moe_jax.models.encoder_decoder_config import EncoderDecoderConfig
+from moe_jax.models.structure import (
+    Model,
+    ModelConfig,
+    array_shapes,
+    fill_model,
+    named_arrays,
+    untrained_arrays,
+)
 
 FACTS, WEIGHTS = "model.json", "weights.safetensors"
 SIDE_FILES = (
@@ -46,6 +53,7 @@ SIDE_FILES = (
     "merges.txt",
 )
 SHARD_BYTES = 5_000_000_000
+KINDS: dict[str, type[ModelConfig]] = {"decoder": DecoderConfig, "encoder_decoder": EncoderDecoderConfig}
 ShardFn = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 
@@ -59,7 +67,7 @@ class ModelFacts(NamedTuple):
       dtype: of the checkpoint's matrices, which an export writes again.
     """
 
-    config: DecoderConfig
+    config: ModelConfig
     family: str = ""
     hub_config: Mapping[str, Any] = {}
     dtype: str = "float32"
@@ -172,16 +180,14 @@ def export_checkpoint(
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def load_model(
-    folder: str | Path, *, dtype: str | None = None, sharding: ShardFn | None = None, **changes: Any
-) -> Decoder:
-    """Builds the model of a folder; each device reads its own part of the file.
+def load_model(folder: str | Path, *, dtype: str | None = None, sharding: ShardFn | None = None, **changes: Any) -> Any:
+    """Builds the model of a folder, a `Decoder` or an `EncoderDecoder`; each device reads its own part of the file.
 
     Args:
       folder: a model folder.
       dtype: of the matrices; None keeps the folder's. What is float32 for a reason, routers and balance, stays.
       sharding: from a parameter's path and shape to where it should lie; None for the default device.
-      changes: fields of `DecoderConfig` to change that change no parameter, such as `compute_dtype` or `backend`.
+      changes: fields of the config to change that change no parameter, such as `compute_dtype` or `backend`.
 
     Raises:
       HubError: no model folder, or a damaged one.
@@ -197,7 +203,7 @@ def load_model(
         target = array.dtype if dtype is None else targets[path].dtype
         return _put(array, target, None if sharding is None else sharding(path, array.shape))
 
-    return fill_decoder(config, array_of)
+    return fill_model(config, array_of)
 
 
 def _put(array: np.ndarray, dtype: np.dtype, sharding: jax.sharding.Sharding | None) -> jax.Array:
@@ -207,7 +213,7 @@ def _put(array: np.ndarray, dtype: np.dtype, sharding: jax.sharding.Sharding | N
     return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part].astype(dtype))
 
 
-def save_model(model: Decoder, folder: str | Path, facts: ModelFacts | None = None) -> None:
+def save_model(model: Model, folder: str | Path, facts: ModelFacts | None = None) -> None:
     """Writes a model of our own as a model folder, which appears whole or not at all.
 
     Args:
@@ -246,21 +252,21 @@ def read_facts(folder: str | Path) -> ModelFacts:
         raise HubError(f"{folder} is no model folder: it has no {FACTS}; make one with moe-jax import")
     try:
         facts = json.loads(path.read_bytes())
-        config = DecoderConfig(**{key: _hashable(value) for key, value in facts["config"].items()})
+        kind = KINDS[facts["kind"]]
+        config = kind(**{key: _hashable(value) for key, value in facts["config"].items()})
         return ModelFacts(config, facts["family"], facts["hub_config"], facts["dtype"])
     except (ValueError, KeyError, TypeError) as error:
         raise HubError(f"{path} is damaged ({error}); import the model again") from error
 
 
-def bindings_of(family: Family, config: DecoderConfig) -> list[Binding]:
+def bindings_of(family: Family, config: ModelConfig) -> list[Binding]:
     """Every tensor of a checkpoint with its place in ours."""
-    place = {
-        layer: (f"stacks/{stack}", layer - run.start) for stack, (_, run) in enumerate(config.runs) for layer in run
-    }
+    runs = enumerate(config.runs if isinstance(config, DecoderConfig) else [])
+    place = {layer: (f"stacks/{stack}", layer - run.start) for stack, (_, run) in runs for layer in run}
     return list(bind(family.table(config), place))
 
 
-def parameter_shapes(config: DecoderConfig, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
+def parameter_shapes(config: ModelConfig, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a model's arrays by path: `dtype` for all but routers and what is not trained."""
     shapes = {}
     for path, leaf in array_shapes(config).items():
@@ -294,7 +300,14 @@ def _write_facts(path: Path, facts: ModelFacts) -> None:
     for field in dataclasses.fields(facts.config):
         value = getattr(facts.config, field.name)
         config[field.name] = dict(value) if isinstance(value, Mapping) else value
-    text = {"config": config, "family": facts.family, "hub_config": dict(facts.hub_config), "dtype": facts.dtype}
+    kind = next(name for name, kind in KINDS.items() if isinstance(facts.config, kind))
+    text = {
+        "kind": kind,
+        "config": config,
+        "family": facts.family,
+        "hub_config": dict(facts.hub_config),
+        "dtype": facts.dtype,
+    }
     path.write_text(json.dumps(text, indent=2) + "\n")
 
 

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     # Only here, since loading JAX takes longer than the other commands.
     from moe_jax.checkpoints.hub.download import locate
     from moe_jax.checkpoints.model_folder import import_checkpoint
-    from moe_jax.models.cost import model_cost
+    from moe_jax.models.description import model_size
 
     source = locate(arguments.source, revision=arguments.revision)
     with progress_display() as display, bar(display, "tensors", 0) as progress:
@@ -44,8 +44,8 @@ def run(arguments: argparse.Namespace) -> None:
             progress.advance()
 
         facts = import_checkpoint(source, arguments.out, dtype=arguments.dtype, on_tensor=on_tensor)
-    cost = model_cost(facts.config, 1)
+    size = model_size(facts.config)
     print(
-        f"{arguments.out}: {facts.family}, {cost.parameters:,} parameters, {round(cost.active_parameters):,} active; "
+        f"{arguments.out}: {facts.family}, {size.parameters:,} parameters, {size.active:,} active; "
         f"look at it with: moe-jax inspect {arguments.out}"
     )

@@ -26,7 +26,7 @@ from flax import nnx
 
 from moe_jax.models.config import DecoderConfig
 from moe_jax.models.decoder import Decoder
-from moe_jax.models.structure import fill_decoder, named_arrays, untrained_arrays
+from moe_jax.models.structure import fill_model, named_arrays, untrained_arrays
 from moe_jax.types import Array
 
 _EXPERTS = "feed_forward/experts/"
@@ -119,7 +119,7 @@ def upcycle(parents: Sequence[Decoder], upcycling: Upcycling, *, key: Array) -> 
         _, stack, name = path.split("/", 2)
         return jnp.stack([layers[index][name] for index in config.runs[int(stack)][1]])
 
-    return fill_decoder(config, array_of)
+    return fill_model(config, array_of)
 
 
 def receipt(first: Decoder, second: Decoder, tokens: Array, token_mask: Array | None = None) -> Receipt:

@@ -15,11 +15,13 @@ from moe_jax.checkpoints.families.llama import LLAMA
 from moe_jax.checkpoints.families.llama4 import LLAMA4, LLAMA4_TEXT
 from moe_jax.checkpoints.families.minimax_m2 import MINIMAX_M2
 from moe_jax.checkpoints.families.mixtral import MIXTRAL
+from moe_jax.checkpoints.families.nllb_moe import NLLB_MOE
 from moe_jax.checkpoints.families.olmoe import OLMOE
 from moe_jax.checkpoints.families.phimoe import PHIMOE
 from moe_jax.checkpoints.families.qwen2_moe import QWEN2_MOE
 from moe_jax.checkpoints.families.qwen3 import QWEN3
 from moe_jax.checkpoints.families.qwen3_moe import QWEN3_MOE
+from moe_jax.checkpoints.families.switch_transformers import SWITCH_TRANSFORMERS
 from moe_jax.checkpoints.hub.hub_config import HubConfig
 from moe_jax.checkpoints.hub.tensor_files import HubError
 
@@ -30,6 +32,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(MIXTRAL, LLAMA),
         *(QWEN3, QWEN3_MOE, OLMOE, QWEN2_MOE, GRANITEMOE, GPT_OSS, PHIMOE),
+        *(SWITCH_TRANSFORMERS, NLLB_MOE),
         *(DEEPSEEK_V2, DEEPSEEK_V3, DOTS1, GLM4_MOE, MINIMAX_M2, ERNIE4_5_MOE, LLAMA4_TEXT, LLAMA4),
     )
 }

@@ -1,10 +1,9 @@
 """Attributes of a public model's `config.json`: all are handled, known to have no effect, or refused by name."""
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from moe_jax.models.encoder_decoder_config import EncoderDecoderConfig, LayerKind
+from moe_jax.models.encoder_decoder_config import LayerKind
 
 # Activations by their names in `transformers`, and ours.
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu"}
@@ -109,23 +108,3 @@ def find_step(layers: tuple[LayerKind, ...], is_sparse: Callable[[int, int], boo
         if layer_kinds(len(layers), is_sparse, step) == layers:
             return step
     raise ValueError(f"{field}={layers} has no regular step of MoE layers, which this family needs")
-
-
-def check_written(config: EncoderDecoderConfig, written: EncoderDecoderConfig, family: str) -> None:
-    """Refuses to write a config that would not be read as the same architecture.
-
-    Args:
-      config: what was to be written.
-      written: what is read from it.
-      family: for messages.
-
-    Raises:
-      ValueError: the fields that the family cannot express, with the values that it has for them.
-    """
-    lost = [
-        f"{name}={ours!r} (it has {theirs!r})"
-        for name, ours in dataclasses.asdict(config).items()
-        if (theirs := getattr(written, name)) != ours and name not in ("backend", "stats_level", "compute_dtype")
-    ]
-    if lost:
-        raise ValueError(f"a {family} model cannot have {', '.join(lost)}")

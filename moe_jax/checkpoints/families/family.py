@@ -9,6 +9,7 @@ from moe_jax.checkpoints.hub.hub_config import HubConfig
 from moe_jax.checkpoints.hub.table import Entry
 from moe_jax.checkpoints.hub.tensor_files import HubError, Tensors
 from moe_jax.models.config import DecoderConfig, spelled_out
+from moe_jax.models.structure import ModelConfig
 
 
 def _as_it_is(tensors: Tensors, hub_config: Mapping[str, Any]) -> Tensors:
@@ -16,7 +17,7 @@ def _as_it_is(tensors: Tensors, hub_config: Mapping[str, Any]) -> Tensors:
     return tensors
 
 
-def _nothing(config: DecoderConfig) -> tuple[str, ...]:
+def _nothing(config: ModelConfig) -> tuple[str, ...]:
     del config
     return ()
 
@@ -32,24 +33,28 @@ class Family(NamedTuple):
       table: the tensors, for a config.
       open: makes plain tensors of a checkpoint, given its `config.json`, for those that are stored packed.
       ignored: beginnings and ends of tensor names that are left unread.
+      kind: the class of its configs.
     """
 
     name: str
     architecture: str
-    read: Callable[[HubConfig], DecoderConfig]
-    write: Callable[[DecoderConfig], dict[str, Any]]
-    table: Callable[[DecoderConfig], Iterable[Entry]]
+    read: Callable[[HubConfig], Any]
+    write: Callable[[Any], dict[str, Any]]
+    table: Callable[[Any], Iterable[Entry]]
     open: Callable[[Tensors, Mapping[str, Any]], Tensors] = _as_it_is
-    ignored: Callable[[DecoderConfig], tuple[str, ...]] = _nothing
+    ignored: Callable[[Any], tuple[str, ...]] = _nothing
+    kind: type[ModelConfig] = DecoderConfig
 
-    def refuses(self, config: DecoderConfig) -> str:
+    def refuses(self, config: ModelConfig) -> str:
         """Why the family cannot express a config: the first field that it would read back otherwise; or ""."""
+        if not isinstance(config, self.kind):
+            return f"it has a {self.kind.__name__}, not a {type(config).__name__}"
         try:
             again = self.read(HubConfig(self.write(config)))
         except (HubError, ValueError) as error:
             return str(error)
         idle = _OURS_ALONE | _without_effect(config)
-        wanted, got = vars(config) | spelled_out(config), vars(again) | spelled_out(again)
+        wanted, got = ({**vars(one), **_all_settings(one)} for one in (config, again))
         differing = [name for name in wanted if name not in idle and wanted[name] != got[name]]
         return f"{differing[0]}={wanted[differing[0]]!r} would become {got[differing[0]]!r}" if differing else ""
 
@@ -58,7 +63,14 @@ _OURS_ALONE = {"backend", "stats_level", "bias_bins", "compute_dtype"}  # how we
 _OF_EXPERTS = {"num_experts", "expert_hidden", "num_choices", "rule", "rule_settings", "router", "router_settings"}
 
 
-def _without_effect(config: DecoderConfig) -> set[str]:
+def _all_settings(config: ModelConfig) -> dict[str, Any]:
+    """A decoder's settings, with defaults."""
+    return spelled_out(config) if isinstance(config, DecoderConfig) else {}
+
+
+def _without_effect(config: ModelConfig) -> set[str]:
     """Fields about kinds of layers that the model does not have."""
+    if not isinstance(config, DecoderConfig):
+        return set()
     idle = set() if "dense" in config.layers else {"dense_hidden"}
     return idle if "moe" in config.layers else idle | _OF_EXPERTS

@@ -7,18 +7,18 @@ expert unless normalised before; outputs of experts are scaled by `1 - moe_token
 one-hot mask of first choices for expert ids); what is meant is what 4.x computed, and what is here.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.checkpoints.families.attributes import (
     activation,
     activation_name,
-    check_written,
     find_step,
     layer_kinds,
     read_attributes,
 )
-from moe_jax.checkpoints.families.entry import Entry
+from moe_jax.checkpoints.families.family import Family
+from moe_jax.checkpoints.hub.hub_config import HubConfig
+from moe_jax.checkpoints.hub.table import Entry
 from moe_jax.models.encoder_decoder_config import EncoderDecoderConfig, LayerKind
 
 MODEL_TYPE = "nllb-moe"
@@ -65,13 +65,13 @@ def _is_sparse(index: int, step: int) -> bool:
     return step > 0 and (index + 1) % step == 0
 
 
-def read_config(hf: Mapping[str, Any]) -> EncoderDecoderConfig:
+def _read(hub: HubConfig) -> EncoderDecoderConfig:
     """Our config from the content of `config.json`.
 
     Raises:
       ValueError: attributes that are unknown or that we cannot run, by name.
     """
-    a = read_attributes(hf, MODEL_TYPE, handled=_HANDLED, only=_ONLY, without_effect=_WITHOUT_EFFECT)
+    a = read_attributes(hub.take_all(), MODEL_TYPE, handled=_HANDLED, only=_ONLY, without_effect=_WITHOUT_EFFECT)
     share = a["moe_eval_capacity_token_fraction"]
     capacity: dict[str, Any] = {"capacity": None}
     if share < 1:
@@ -115,15 +115,15 @@ def read_config(hf: Mapping[str, Any]) -> EncoderDecoderConfig:
     )
 
 
-def write_config(config: EncoderDecoderConfig) -> dict[str, Any]:
+def _write(config: EncoderDecoderConfig) -> dict[str, Any]:
     """The content of `config.json`.
 
     Raises:
       ValueError: what an NLLB-MoE cannot be, by field.
     """
     counted = config.capacity_unit == "tokens" and config.capacity is not None
-    scale = float(config.rule_settings.get("scale", 1.0))
-    hf = {
+    scale: Any = config.rule_settings.get("scale", 1.0)
+    return {
         "model_type": MODEL_TYPE,
         "architectures": ["NllbMoeForConditionalGeneration"],
         "is_encoder_decoder": True,
@@ -151,25 +151,23 @@ def write_config(config: EncoderDecoderConfig) -> dict[str, Any]:
         "decoder_start_token_id": config.start_id,
         "tie_word_embeddings": config.tie_embeddings,
     }
-    check_written(config, read_config(hf), MODEL_TYPE)
-    return hf
 
 
-def table(config: EncoderDecoderConfig) -> list[Entry]:
+def _table(config: EncoderDecoderConfig) -> list[Entry]:
     """Where each tensor of `NllbMoeForConditionalGeneration` lives."""
     sides = {"encoder": config.encoder_layers, "decoder": config.decoder_layers}
     entries = _embeddings(config)
     for side, layers in sides.items():
         entries += _norm(f"model.{side}.layer_norm", f"{side}_norm")
         for index, kind in enumerate(layers):
-            theirs, ours = f"model.{side}.layers.{index}", f"{side}.{index}"
-            entries += _attention(f"{theirs}.self_attn", f"{ours}.attention")
-            entries += _norm(f"{theirs}.self_attn_layer_norm", f"{ours}.attention_norm")
-            entries += _norm(f"{theirs}.ff_layer_norm", f"{ours}.feed_forward_norm")
-            entries += _feed_forward(f"{theirs}.ffn", f"{ours}.feed_forward", kind, config)
+            theirs, ours = f"model.{side}.layers.{index}", f"{side}/{index}"
+            entries += _attention(f"{theirs}.self_attn", f"{ours}/attention")
+            entries += _norm(f"{theirs}.self_attn_layer_norm", f"{ours}/attention_norm")
+            entries += _norm(f"{theirs}.ff_layer_norm", f"{ours}/feed_forward_norm")
+            entries += _feed_forward(f"{theirs}.ffn", f"{ours}/feed_forward", kind, config)
             if side == "decoder":
-                entries += _attention(f"{theirs}.cross_attention", f"{ours}.cross_attention")
-                entries += _norm(f"{theirs}.cross_attention_layer_norm", f"{ours}.cross_norm")
+                entries += _attention(f"{theirs}.cross_attention", f"{ours}/cross_attention")
+                entries += _norm(f"{theirs}.cross_attention_layer_norm", f"{ours}/cross_norm")
     return entries
 
 
@@ -178,42 +176,49 @@ def _embeddings(config: EncoderDecoderConfig) -> list[Entry]:
         f"model.{name}.weight" for name in ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
     )
     if config.tie_embeddings:
-        return [Entry(shared, "embedding", "v d -> v d", (source, target, "lm_head.weight"))]
+        return [Entry(shared, "embedding", "v d -> v d", aliases=(source, target, "lm_head.weight"))]
     return [
-        Entry(source, "embedding", "v d -> v d", (shared,)),
-        Entry(target, "target_embedding", "v d -> v d", (shared,)),
+        Entry(source, "embedding", "v d -> v d", aliases=(shared,)),
+        Entry(target, "target_embedding", "v d -> v d", aliases=(shared,)),
         Entry("lm_head.weight", "read_out", "d v -> v d"),
     ]
 
 
 def _feed_forward(theirs: str, ours: str, kind: LayerKind, config: EncoderDecoderConfig) -> list[Entry]:
-    one = "1 " if kind == "dense" else ""
+    one, count = ("1 ", None) if kind == "dense" else ("", config.num_experts)
     networks = theirs if kind == "dense" else f"{theirs}.experts.expert_{{expert}}"
+    parts = {
+        "fc1.weight": ("w_in", "d f -> f d"),
+        "fc1.bias": ("b_in", "f -> f"),
+        "fc2.weight": ("w_out", "f d -> d f"),
+        "fc2.bias": ("b_out", "d -> d"),
+    }
     entries = [
-        Entry(f"{networks}.fc1.weight", f"{ours}.experts.w_in", f"{one}d f -> f d"),
-        Entry(f"{networks}.fc1.bias", f"{ours}.experts.b_in", f"{one}f -> f"),
-        Entry(f"{networks}.fc2.weight", f"{ours}.experts.w_out", f"{one}f d -> d f"),
-        Entry(f"{networks}.fc2.bias", f"{ours}.experts.b_out", f"{one}d -> d"),
+        Entry(f"{networks}.{name}", f"{ours}/experts/{mine}", f"{one}{pattern}", experts=count)
+        for name, (mine, pattern) in parts.items()
     ]
     if kind == "moe":
-        entries.append(Entry(f"{theirs}.router.classifier.weight", f"{ours}.router.kernel", "d e -> e d"))
+        entries.append(Entry(f"{theirs}.router.classifier.weight", f"{ours}/router/kernel", "d e -> e d"))
         if config.router_settings.get("use_bias"):
-            entries.append(Entry(f"{theirs}.router.classifier.bias", f"{ours}.router.bias", "e -> e"))
+            entries.append(Entry(f"{theirs}.router.classifier.bias", f"{ours}/router/bias", "e -> e"))
     return entries
 
 
 def _attention(theirs: str, ours: str) -> list[Entry]:
     entries = []
     for name, mine in {"q": "query", "k": "key", "v": "value"}.items():
-        entries.append(Entry(f"{theirs}.{name}_proj.weight", f"{ours}.{mine}", "d h k -> (h k) d"))
-        entries.append(Entry(f"{theirs}.{name}_proj.bias", f"{ours}.{mine}_bias", "h k -> (h k)"))
-    entries.append(Entry(f"{theirs}.out_proj.weight", f"{ours}.out", "h k d -> d (h k)"))
-    entries.append(Entry(f"{theirs}.out_proj.bias", f"{ours}.out_bias", "d -> d"))
+        entries.append(Entry(f"{theirs}.{name}_proj.weight", f"{ours}/{mine}", "d h k -> (h k) d"))
+        entries.append(Entry(f"{theirs}.{name}_proj.bias", f"{ours}/{mine}_bias", "h k -> (h k)"))
+    entries.append(Entry(f"{theirs}.out_proj.weight", f"{ours}/out", "h k d -> d (h k)"))
+    entries.append(Entry(f"{theirs}.out_proj.bias", f"{ours}/out_bias", "d -> d"))
     return entries
 
 
 def _norm(theirs: str, ours: str) -> list[Entry]:
     return [
-        Entry(f"{theirs}.weight", f"{ours}.scale", "d -> d"),
-        Entry(f"{theirs}.bias", f"{ours}.bias", "d -> d"),
+        Entry(f"{theirs}.weight", f"{ours}/scale", "d -> d"),
+        Entry(f"{theirs}.bias", f"{ours}/bias", "d -> d"),
     ]
+
+
+NLLB_MOE = Family(MODEL_TYPE, "NllbMoeForConditionalGeneration", _read, _write, _table, kind=EncoderDecoderConfig)

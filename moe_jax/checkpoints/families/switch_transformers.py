@@ -6,18 +6,18 @@ the layer; an untied model has a table each for source, target and read-out, of 
 one; and `dense_act_fn="gated-gelu"`, which its documentation names, does not build.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.checkpoints.families.attributes import (
     activation,
     activation_name,
-    check_written,
     find_step,
     layer_kinds,
     read_attributes,
 )
-from moe_jax.checkpoints.families.entry import Entry
+from moe_jax.checkpoints.families.family import Family
+from moe_jax.checkpoints.hub.hub_config import HubConfig
+from moe_jax.checkpoints.hub.table import Entry
 from moe_jax.models.encoder_decoder_config import EncoderDecoderConfig, LayerKind
 
 MODEL_TYPE = "switch_transformers"
@@ -73,7 +73,7 @@ def _layers(num_layers: int, num_sparse: int, step: int | None) -> tuple[LayerKi
     return layer_kinds(num_layers, _is_sparse, step)
 
 
-def read_config(hf: Mapping[str, Any]) -> EncoderDecoderConfig:
+def _read(hub: HubConfig) -> EncoderDecoderConfig:
     """Our config from the content of `config.json`.
 
     A missing start token is taken to be the padding token, as T5's is.
@@ -81,7 +81,7 @@ def read_config(hf: Mapping[str, Any]) -> EncoderDecoderConfig:
     Raises:
       ValueError: attributes that are unknown or that we cannot run, by name.
     """
-    a = read_attributes(hf, MODEL_TYPE, handled=_HANDLED, only=_ONLY, without_effect=_WITHOUT_EFFECT)
+    a = read_attributes(hub.take_all(), MODEL_TYPE, handled=_HANDLED, only=_ONLY, without_effect=_WITHOUT_EFFECT)
     decoder_depth = a["num_layers"] if a["num_decoder_layers"] is None else a["num_decoder_layers"]
     return EncoderDecoderConfig(
         vocab_size=a["vocab_size"],
@@ -110,13 +110,13 @@ def read_config(hf: Mapping[str, Any]) -> EncoderDecoderConfig:
     )
 
 
-def write_config(config: EncoderDecoderConfig) -> dict[str, Any]:
+def _write(config: EncoderDecoderConfig) -> dict[str, Any]:
     """The content of `config.json`.
 
     Raises:
       ValueError: what a Switch Transformer cannot be, by field.
     """
-    hf = {
+    return {
         "model_type": MODEL_TYPE,
         "architectures": ["SwitchTransformersForConditionalGeneration"],
         "is_encoder_decoder": True,
@@ -144,59 +144,63 @@ def write_config(config: EncoderDecoderConfig) -> dict[str, Any]:
         "decoder_start_token_id": config.start_id,
         "tie_word_embeddings": config.tie_embeddings,
     }
-    check_written(config, read_config(hf), MODEL_TYPE)
-    return hf
 
 
-def table(config: EncoderDecoderConfig) -> list[Entry]:
+def _table(config: EncoderDecoderConfig) -> list[Entry]:
     """Where each tensor of `SwitchTransformersForConditionalGeneration` lives."""
     sides = {"encoder": config.encoder_layers, "decoder": config.decoder_layers}
     entries = _embeddings(config)
     for side, layers in sides.items():
-        entries.append(Entry(f"{side}.final_layer_norm.weight", f"{side}_norm.scale", "d -> d"))
+        entries.append(Entry(f"{side}.final_layer_norm.weight", f"{side}_norm/scale", "d -> d"))
         bias = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        entries.append(Entry(bias, f"{side}_bias.table", "n h -> n h"))
+        entries.append(Entry(bias, f"{side}_bias/table", "n h -> n h"))
         for index, kind in enumerate(layers):
-            entries += _layer(f"{side}.block.{index}.layer", f"{side}.{index}", side == "decoder", kind, config)
+            entries += _layer(f"{side}.block.{index}.layer", f"{side}/{index}", side == "decoder", kind, config)
     return entries
 
 
 def _embeddings(config: EncoderDecoderConfig) -> list[Entry]:
     shared, source, target = "shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"
     if config.tie_embeddings:
-        return [Entry(shared, "embedding", "v d -> v d", (source, target, "lm_head.weight"))]
+        return [Entry(shared, "embedding", "v d -> v d", aliases=(source, target, "lm_head.weight"))]
     return [
-        Entry(source, "embedding", "v d -> v d", (shared,)),
-        Entry(target, "target_embedding", "v d -> v d", (shared,)),
+        Entry(source, "embedding", "v d -> v d", aliases=(shared,)),
+        Entry(target, "target_embedding", "v d -> v d", aliases=(shared,)),
         Entry("lm_head.weight", "read_out", "d v -> v d"),
     ]
 
 
 def _layer(theirs: str, ours: str, is_decoder: bool, kind: LayerKind, config: EncoderDecoderConfig) -> list[Entry]:
     """Sub-layers of a block, each with its norm: self-attention, in a decoder cross-attention, feed-forward."""
-    entries = _attention(f"{theirs}.0.SelfAttention", f"{ours}.attention")
-    entries.append(Entry(f"{theirs}.0.layer_norm.weight", f"{ours}.attention_norm.scale", "d -> d"))
+    entries = _attention(f"{theirs}.0.SelfAttention", f"{ours}/attention")
+    entries.append(Entry(f"{theirs}.0.layer_norm.weight", f"{ours}/attention_norm/scale", "d -> d"))
     if is_decoder:
-        entries += _attention(f"{theirs}.1.EncDecAttention", f"{ours}.cross_attention")
-        entries.append(Entry(f"{theirs}.1.layer_norm.weight", f"{ours}.cross_norm.scale", "d -> d"))
+        entries += _attention(f"{theirs}.1.EncDecAttention", f"{ours}/cross_attention")
+        entries.append(Entry(f"{theirs}.1.layer_norm.weight", f"{ours}/cross_norm/scale", "d -> d"))
     last = f"{theirs}.{2 if is_decoder else 1}"
-    entries.append(Entry(f"{last}.layer_norm.weight", f"{ours}.feed_forward_norm.scale", "d -> d"))
+    entries.append(Entry(f"{last}.layer_norm.weight", f"{ours}/feed_forward_norm/scale", "d -> d"))
     if kind == "dense":
-        experts = f"{ours}.feed_forward.experts"
-        entries.append(Entry(f"{last}.mlp.wi.weight", f"{experts}.w_in", "1 d f -> f d"))
-        entries.append(Entry(f"{last}.mlp.wo.weight", f"{experts}.w_out", "1 f d -> d f"))
+        experts = f"{ours}/feed_forward/experts"
+        entries.append(Entry(f"{last}.mlp.wi.weight", f"{experts}/w_in", "1 d f -> f d"))
+        entries.append(Entry(f"{last}.mlp.wo.weight", f"{experts}/w_out", "1 f d -> d f"))
         return entries
     experts = f"{last}.mlp.experts.expert_{{expert}}"
-    entries.append(Entry(f"{experts}.wi.weight", f"{ours}.feed_forward.experts.w_in", "d f -> f d"))
-    entries.append(Entry(f"{experts}.wo.weight", f"{ours}.feed_forward.experts.w_out", "f d -> d f"))
+    for name, mine, pattern in (("wi", "w_in", "d f -> f d"), ("wo", "w_out", "f d -> d f")):
+        path = f"{ours}/feed_forward/experts/{mine}"
+        entries.append(Entry(f"{experts}.{name}.weight", path, pattern, experts=config.num_experts))
     router = f"{last}.mlp.router.classifier"
-    entries.append(Entry(f"{router}.weight", f"{ours}.feed_forward.router.kernel", "d e -> e d"))
+    entries.append(Entry(f"{router}.weight", f"{ours}/feed_forward/router/kernel", "d e -> e d"))
     if config.router_settings.get("use_bias"):
-        entries.append(Entry(f"{router}.bias", f"{ours}.feed_forward.router.bias", "e -> e"))
+        entries.append(Entry(f"{router}.bias", f"{ours}/feed_forward/router/bias", "e -> e"))
     return entries
 
 
 def _attention(theirs: str, ours: str) -> list[Entry]:
     names = {"q": "query", "k": "key", "v": "value"}
-    inwards = [Entry(f"{theirs}.{name}.weight", f"{ours}.{mine}", "d h k -> (h k) d") for name, mine in names.items()]
-    return [*inwards, Entry(f"{theirs}.o.weight", f"{ours}.out", "h k d -> d (h k)")]
+    inwards = [Entry(f"{theirs}.{name}.weight", f"{ours}/{mine}", "d h k -> (h k) d") for name, mine in names.items()]
+    return [*inwards, Entry(f"{theirs}.o.weight", f"{ours}/out", "h k d -> d (h k)")]
+
+
+SWITCH_TRANSFORMERS = Family(
+    MODEL_TYPE, "SwitchTransformersForConditionalGeneration", _read, _write, _table, kind=EncoderDecoderConfig
+)

@@ -99,6 +99,11 @@ class HubConfig:
             raise HubError(f"{self.source}: {key!r} must be in [1, {most}], got {value}")
         return value
 
+    def take_all(self) -> dict[str, Any]:
+        """Every key, for a family that checks them all itself."""
+        self._asked.update(self.values)
+        return self.values
+
     def expect(self, key: str, *allowed: Any) -> None:
         """Refuses a value that the import does not handle; a missing key is fine.
 

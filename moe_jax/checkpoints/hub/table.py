@@ -32,6 +32,8 @@ class Entry(NamedTuple):
       pairs: (axis, start): our numbers from `start` on along that axis are rotary pairs (i, i + R/2) that theirs has
         side by side, (2i, 2i + 1).
       is_float32: whether a checkpoint has it in float32 whatever the others are.
+      aliases: other names under which a checkpoint may hold the same tensor: the first that is there is read, and none
+        of them is written.
     """
 
     theirs: str
@@ -43,6 +45,7 @@ class Entry(NamedTuple):
     experts: int | None = None
     pairs: tuple[int, int] | None = None
     is_float32: bool = False
+    aliases: tuple[str, ...] = ()
 
 
 class Binding(NamedTuple):
@@ -141,16 +144,17 @@ def import_tensors(
     Raises:
       HubError: a tensor that is missing, not in the table, or of another shape; numbers of ours that nothing fills.
     """
-    left = set(source.names())
-    numbers = dict.fromkeys(target, 0)
+    known = set(source.names())
+    read, numbers = set[str](), dict.fromkeys(target, 0)
     for binding in bindings:
-        if binding.theirs not in left:
-            raise HubError(f"the checkpoint lacks tensor {binding.theirs!r}; it has {len(source.names())} others")
-        left.remove(binding.theirs)
-        binding.fill(target[binding.path], source.read(binding.theirs))
+        found = [name for name in (binding.theirs, *binding.entry.aliases) if name in known]
+        if not found:
+            raise HubError(f"the checkpoint lacks tensor {binding.theirs!r}; it has {len(known)} others")
+        read.update(found)
+        binding.fill(target[binding.path], source.read(found[0]))
         numbers[binding.path] += math.prod(binding.view(target[binding.path]).shape)
         yield binding.theirs
-    if unread := sorted(name for name in left if not name.startswith(ignored) and not name.endswith(ignored)):
+    if unread := sorted(name for name in known - read if not name.startswith(ignored) and not name.endswith(ignored)):
         raise HubError(f"the checkpoint has {len(unread)} tensors that its config does not account for: {unread[:5]}")
     needed = {path: array.size for path, array in target.items() if path not in given}
     if short := {path: (numbers[path], size) for path, size in needed.items() if numbers[path] != size}:
