@@ -55,7 +55,7 @@ def test_the_text_is_imported_and_goes_back_as_a_model_of_text(model, tmp_path):
     logits, _ = load_model(tmp_path / "ours")(tokens)
     np.testing.assert_allclose(logits, expected, atol=2e-5)
 
-    with pytest.raises(HubError, match="images was left unread at the import; export with family 'llama4_text'"):
+    with pytest.raises(HubError, match="reads images too, which ours does not; export with family 'llama4_text'"):
         export_checkpoint(tmp_path / "ours", tmp_path / "again")
     export_checkpoint(tmp_path / "ours", tmp_path / "again", family="llama4_text")
     again = transformers.Llama4ForCausalLM.from_pretrained(tmp_path / "again", attn_implementation="eager").eval()

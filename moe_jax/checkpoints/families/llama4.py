@@ -146,7 +146,7 @@ def _read_text(hub: HubConfig) -> DecoderConfig:
 
 def _write_text(config: DecoderConfig) -> dict[str, Any]:
     del config
-    raise HubError("its part for images was left unread at the import; export with family 'llama4_text'")
+    raise HubError("a checkpoint of llama4 reads images too, which ours does not; export with family 'llama4_text'")
 
 
 def _open_text(tensors: Tensors, hub_config: Mapping[str, Any]) -> Tensors:

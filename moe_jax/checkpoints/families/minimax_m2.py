@@ -39,8 +39,9 @@ FIXED = {
 def _read(hub: HubConfig) -> DecoderConfig:
     for key, value in FIXED.items():
         hub.expect(key, value)
-    for key in ("use_mtp", "num_mtp_modules", "mtp_transformer_layers", "shared_moe_mode", "quantization_config"):
+    for key in ("use_mtp", "num_mtp_modules", "mtp_transformer_layers", "shared_moe_mode"):
         hub.maybe(key, object)
+    hub.maybe("quantization_config", dict)
     hub.expect("attn_type_list", [1] * read_depth(hub))  # 1: full attention
     share = 1.0
     if hub.maybe("rotary_dim", int) is not None:
