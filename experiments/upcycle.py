@@ -3,7 +3,7 @@
 Every contestant starts from the same parent; a receipt says how far from the parent's function it starts. All train on
 the same batches for the same number of steps; one whose step costs more FLOPs than the dense model's trains once more
 for fewer steps, so that there is a comparison at equal FLOPs too. The table has bits per byte on held-out text, and the
-difference to continued dense training paired by document.
+difference to continued dense training paired by document; the run's folder has a report of each mixture's routing.
 
 Examples:
   python -m experiments.upcycle
@@ -32,6 +32,7 @@ from moe_jax.models.cost import model_cost
 from moe_jax.models.decoder import Decoder
 from moe_jax.models.upcycle import Receipt, Upcycling, receipt, upcycle, upcycled_config
 from moe_jax.report.pictures.tournament import plot_ranking
+from moe_jax.report.text_routing import report_text_routing
 from moe_jax.runs import Command, RunFolder, read_json, run_script, section, write_json
 from moe_jax.runs.bars import bar, progress_display
 from moe_jax.training.evaluation import LOG2, compare_losses, make_evaluator
@@ -109,9 +110,16 @@ class Lab:
                 start = receipt(self.parent, model, jnp.asarray(self.test.tokens[:4, :-1], jnp.int32))
             batch_key = jax.random.fold_in(self.batch_key, seed)
             trained = self.train(f"{contestant.name}, seed {seed}", model, contestant.steps, batch_key)
+            if seed == 0 and trained.config.num_moe_layers:
+                texts = {name: self._tokens_of(name) for name in self.test.domain_names}
+                report_text_routing(trained, texts, self.run.path / "routing" / path.stem, contestant.name)
             done.append(self.measure(trained) | {"receipt": start._asdict()})
             write_json(path, done)
         return done
+
+    def _tokens_of(self, domain: str) -> np.ndarray:
+        """A domain's test text."""
+        return np.concatenate([one.tokens for one in self.splits["test"] if one.domain == domain])
 
     def measure(self, model: Decoder) -> dict[str, Any]:
         """Bits per byte of the test split, nats of each of its windows, and the forward FLOPs of a token."""

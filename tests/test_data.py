@@ -326,7 +326,7 @@ def test_pack_predicts_every_byte_but_the_first_exactly_once(sequence_length):
 
 
 def test_pack_refuses_documents_with_nothing_to_predict():
-    with pytest.raises(ValueError, match="none of the 2 documents has two bytes"):
+    with pytest.raises(ValueError, match="none of the 2 documents has two tokens"):
         data.pack([Document(b"x", "d", "0"), Document(b"", "d", "1")], 8)
 
 

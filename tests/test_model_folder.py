@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.checkpoints.families import FAMILIES
+from moe_jax.checkpoints.families import family_of
 from moe_jax.checkpoints.families.mixtral import MIXTRAL
 from moe_jax.checkpoints.hub.hub_config import HubConfig
 from moe_jax.checkpoints.hub.tensor_files import Checkpoint, HubError, TensorWriter
@@ -25,6 +25,10 @@ from moe_jax.cli import main
 from moe_jax.models.config import DecoderConfig
 from moe_jax.models.decoder import Decoder
 
+from .hub_configs_a import HUB_CONFIGS
+from .hub_configs_b import CONFIGS
+
+PUBLISHED = {name: row[0] for name, row in {**HUB_CONFIGS, **CONFIGS}.items()}
 TINY = DecoderConfig(
     vocab_size=32, width=16, layers=("moe", "moe"), num_heads=2, num_kv_heads=1, num_experts=4, expert_hidden=8
 )
@@ -200,8 +204,6 @@ def test_tensors_that_do_not_fit(theirs, tmp_path, change, message):
     ],
 )
 def test_configs_that_cannot_be_meant(theirs, change, message):
-    from moe_jax.checkpoints.families import family_of
-
     hub = HubConfig(json.loads((theirs / "config.json").read_text()) | change)
     with pytest.raises(ValueError, match=message):
         family = family_of(hub)
@@ -220,13 +222,12 @@ _JSON = st.recursive(
 @given(data=st.data())
 def test_any_value_in_any_place_of_a_config_is_read_or_refused(data):
     """No other exception, no hanging, no memory for absurd sizes: nothing is allocated before the config is checked."""
-    family = FAMILIES[data.draw(st.sampled_from(sorted(FAMILIES)))]
-    known = MIXTRAL.write(TINY) if family is MIXTRAL else None
-    values = known or family.write(DecoderConfig(layers=("dense",) * 2))
+    values = dict(PUBLISHED[data.draw(st.sampled_from(sorted(PUBLISHED)))])
     values[data.draw(st.sampled_from(sorted(values)))] = data.draw(_JSON)
     limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
-        family.read(HubConfig(values))
+        hub = HubConfig(values)
+        family_of(hub).read(hub)
     except ValueError as error:
         assert str(error)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - limit < 500_000  # KiB
@@ -247,6 +248,35 @@ def test_commands(theirs, tmp_path, capsys, monkeypatch):
         (["import", "nowhere", "models/two"], "nowhere is neither a folder, nor a .gguf file, nor a name"),
         (["inspect", str(tmp_path)], "config.json does not exist"),
         (["export", str(tmp_path), "x"], "is no model folder"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_generate_and_inspect_a_text(tmp_path, capsys, monkeypatch):
+    """Models of bytes need no tokenizer; texts, figures and the report come out."""
+    monkeypatch.chdir(tmp_path)
+    save_model(Decoder(dataclasses.replace(TINY, vocab_size=256), key=jax.random.key(0)), "bytes")
+    settings = ["--max-tokens", "20", "--temperature", "0.9", "--top-k", "50", "--seed", "3"]
+    shown = []
+    for _ in range(2):
+        assert main(["generate", "bytes", "--prompt", "Once", *settings]) == 0
+        shown.append(capsys.readouterr())
+    assert shown[0].out == shown[1].out and "[4 + 20 tokens" in shown[0].err
+    (tmp_path / "lines.txt").write_text("Once upon\n\nTwo\n")
+    assert main(["generate", "bytes", "--prompts", "lines.txt", "--out", "texts.jsonl", *settings]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["Once upon", "Two"] and {row["tokens"] for row in rows} == {20}
+    capsys.readouterr()
+    assert main(["inspect", "bytes", "--text", "lines.txt"]) == 0
+    report = capsys.readouterr().out.splitlines()[-1]
+    assert report == "bytes/routing/report.html" and "How bytes routes" in (tmp_path / report).read_text()
+    for arguments, message in (
+        (["generate", "bytes", "--prompt", "x", "--top-p", "2"], "top_p=2.0 must be in"),
+        (["generate", "bytes", "--prompt", "x", "--chat"], "has no chat template"),
+        (["generate", "bytes", "--prompt", ""], "prompt 0 is empty"),
+        (["generate", "bytes", "--prompts", "none.txt"], "none.txt is no file"),
+        (["inspect", "bytes", "--text", "none.txt"], "none.txt is no file"),
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err

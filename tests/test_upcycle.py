@@ -88,14 +88,14 @@ def test_noise_and_drop_change_what_they_say():
             np.testing.assert_array_equal(noisy[name], array, err_msg=name)
             np.testing.assert_array_equal(dropped[name], array, err_msg=name)
     w_in, w_out = base[path + "w_in"], base[path + "w_out"]
-    assert np.std(noisy[path + "w_in"] - w_in) == pytest.approx(0.1 * np.std(w_in), rel=0.1)
+    assert float(np.std(noisy[path + "w_in"] - w_in)) == pytest.approx(float(0.1 * np.std(w_in)), rel=0.1)
     is_new_in = np.any(dropped[path + "w_in"] != w_in, axis=2)  # [L, E, 2F]
     is_new_out = np.any(dropped[path + "w_out"] != w_out, axis=3)  # [L, E, F]
     np.testing.assert_array_equal(is_new_out.sum(-1), 12)  # half of 24
     np.testing.assert_array_equal(is_new_in, np.concatenate([is_new_out] * 2, axis=-1))
     assert len({row.tobytes() for row in is_new_out.reshape(-1, 24)}) > 4  # experts lose different units
     new = dropped[path + "w_out"][is_new_out]
-    assert np.std(new) == pytest.approx(np.std(w_out), rel=0.2)
+    assert float(np.std(new)) == pytest.approx(float(np.std(w_out)), rel=0.2)
 
 
 def test_an_upcycled_model_trains():

@@ -12,7 +12,10 @@ from moe_jax.cli.tokenizer import open_model_tokenizer
 from moe_jax.runs import ConfigError
 
 if TYPE_CHECKING:
+    import jax
+
     from moe_jax.data.tokenizer import TextTokenizer
+    from moe_jax.models.encoder_decoder import EncoderDecoder
     from moe_jax.models.generate import Generator
 
 
@@ -52,6 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     import jax
 
     from moe_jax.checkpoints.model_folder import find_model, load_model
+    from moe_jax.models.encoder_decoder import EncoderDecoder
     from moe_jax.models.generate import Generator
     from moe_jax.models.sampling import Sampling
 
@@ -73,12 +77,18 @@ def run(arguments: argparse.Namespace) -> None:
         "seed": arguments.seed,
     }
     try:
+        if isinstance(model, EncoderDecoder):
+            _show(tokenizer, prompts, _write_targets(model, prompts, request), arguments)
+            return
         generator = Generator(model)
         del model  # the generator has laid its weights out anew
         if arguments.prompts is None:
             _stream(generator, tokenizer, prompts[0], request)
         else:
-            _batch(generator, tokenizer, prompts, request, arguments.out)
+            made = generator.generate(prompts, **request)
+            _show(tokenizer, prompts, made.tokens, arguments)
+            rates = (made.prefill_tokens_per_second, made.decode_tokens_per_second)
+            print("[{:.0f} prompt tokens/s, {:.1f} new tokens/s, compilation included]".format(*rates), file=sys.stderr)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -121,21 +131,49 @@ def _stream(generator: Generator, tokenizer: TextTokenizer, prompt: list[int], r
     print(f"[{len(prompt)} + {count} tokens, first after {seconds[0]:.1f} s{rate}]", file=sys.stderr)
 
 
-def _batch(
-    generator: Generator, tokenizer: TextTokenizer, prompts: list[list[int]], request: dict, out: Path | None
+def _show(
+    tokenizer: TextTokenizer, prompts: list[list[int]], made: list[list[int]], arguments: argparse.Namespace
 ) -> None:
-    """Continues all prompts at once, and writes or prints them."""
-    made = generator.generate(prompts, **request)
-    texts = [tokenizer.decode(tokens) for tokens in made.tokens]
-    if out is None:
-        print("\n---\n".join(tokenizer.decode(p) + text for p, text in zip(prompts, texts, strict=True)))
+    """Writes or prints the texts of a batch."""
+    texts = [tokenizer.decode(tokens) for tokens in made]
+    if arguments.out is None:
+        print("\n---\n".join(texts))
     else:
         lines = [
             json.dumps({"prompt": tokenizer.decode(p), "text": text, "tokens": len(tokens)}, ensure_ascii=False)
-            for p, text, tokens in zip(prompts, texts, made.tokens, strict=True)
+            for p, text, tokens in zip(prompts, texts, made, strict=True)
         ]
-        out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(out)
-    count = sum(map(len, made.tokens))
-    rates = f"{made.prefill_tokens_per_second:.0f} prompt tokens/s, {made.decode_tokens_per_second:.1f} new tokens/s"
-    print(f"[{len(prompts)} texts, {count} new tokens; {rates}, compilation included]", file=sys.stderr)
+        arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print(arguments.out)
+    print(f"[{len(prompts)} texts, {sum(map(len, made))} new tokens]", file=sys.stderr)
+
+
+def _write_targets(model: EncoderDecoder, prompts: list[list[int]], request: dict) -> list[list[int]]:
+    """What an encoder-decoder writes for each source."""
+    import jax
+    import numpy as np
+
+    from moe_jax.models.generate_target import generate_target
+    from moe_jax.models.sampling import next_tokens
+
+    settings = request["sampling"].settings
+    if "repetition_penalty" in settings:
+        raise ValueError("--repetition-penalty is for decoders: leave it out for this encoder-decoder")
+    source = np.full((len(prompts), max(map(len, prompts))), model.config.pad_id, np.int32)
+    mask = np.arange(source.shape[1])[None, :] < np.array([len(prompt) for prompt in prompts])[:, None]
+    for row, prompt in zip(source, prompts, strict=True):
+        row[: len(prompt)] = prompt
+
+    def sample(logits: jax.Array, key: jax.Array) -> jax.Array:
+        return next_tokens(logits, settings, jax.random.split(key, len(logits)), None)
+
+    made = generate_target(
+        model,
+        jax.numpy.asarray(source),
+        jax.numpy.asarray(mask),
+        max_tokens=request["max_tokens"],
+        stop_ids=request["stop_tokens"] or None,
+        sample=sample,
+        key=jax.random.key(request["seed"]),
+    )
+    return [row[1:length].tolist() for row, length in zip(np.asarray(made.tokens), made.lengths.tolist(), strict=True)]

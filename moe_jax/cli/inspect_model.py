@@ -57,6 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _report(folder: Path, arguments: argparse.Namespace) -> None:
     """Routes the texts and writes the report."""
     from moe_jax.checkpoints.model_folder import find_model, load_model
+    from moe_jax.models.decoder import Decoder
     from moe_jax.report.text_routing import report_text_routing
 
     if missing := [path for path in arguments.text if not path.is_file()]:
@@ -65,6 +66,8 @@ def _report(folder: Path, arguments: argparse.Namespace) -> None:
     model = load_model(folder, dtype="float32", compute_dtype="float32")
     tokenizer = open_model_tokenizer(folder, model.config.vocab_size)
     texts = {path.name: tokenizer.encode(path.read_text(encoding="utf-8")) for path in arguments.text}
+    if not isinstance(model, Decoder):
+        raise ConfigError("--text is for decoders: this is an encoder-decoder")
     try:
         print(report_text_routing(model, texts, arguments.out or folder / "routing", folder.name))
     except ValueError as error:

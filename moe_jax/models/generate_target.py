@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from flax import nnx
 from moe_jax.models.encoder_decoder import DecodingCache, EncoderDecoder
 from moe_jax.types import Array
 
-Sample = Callable[[Array, Array | None], Array]  # (logits [B, V], key of this step or None) -> token ids [B]
+Sample = Callable[[Array, Any], Array]  # (logits [B, V], key of this step or None) -> token ids [B]
 
 
 class Target(NamedTuple):
