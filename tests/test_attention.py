@@ -52,7 +52,7 @@ def test_one_token_at_a_time_equals_the_whole(name):
     x = jax.random.normal(jax.random.key(2), (2, LENGTH, WIDTH))
     whole, kept = jax.jit(lambda layer, x: layer(x))(layer, x)
     # The second sequence lags two tokens behind, and what is cached beyond a token's place must not matter.
-    cache = KeyValues(*(jnp.full((2, LENGTH + 2, *part.shape[2:]), 7.0) for part in kept))
+    cache = KeyValues(*(jnp.full_like(part, 7.0) for part in kept.grow(LENGTH + 2)))
     extend = jax.jit(lambda layer, x, positions, cache: layer.extend(x, positions, cache))
     for step in range(LENGTH + 2):
         positions = jnp.array([min(step, LENGTH - 1), max(step - 2, 0)])

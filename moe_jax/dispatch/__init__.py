@@ -7,6 +7,7 @@ All backends give the same output and gradients for the same plan; they differ i
     gather   capacity buffers by index; work grows with the capacity, or with E when there is none
     blocked  dropless and exact in work: loops over the filled blocks; the fast path on CPU
     grouped  dropless: grouped matmuls over rows in expert order, for GPU and TPU; experts must offer `grouped`
+    switched one slot at a time, by a branch for each expert: for the few tokens of a decoding step on CPU
 
 `expert_parallel.ExpertParallel` runs any of them over a mesh of devices; it needs the mesh, so it is not in the table.
 `soft.dispatch_soft` runs Soft MoE's plan, which names no experts.
@@ -21,6 +22,7 @@ from moe_jax.dispatch.dense import dispatch_dense
 from moe_jax.dispatch.einsum import dispatch_einsum
 from moe_jax.dispatch.gather import dispatch_gather
 from moe_jax.dispatch.grouped import dispatch_grouped
+from moe_jax.dispatch.switched import dispatch_switched
 from moe_jax.types import DispatchFn
 
 
@@ -47,4 +49,5 @@ BACKENDS: dict[str, DispatchFn] = {
     "gather": dispatch_gather,
     "blocked": dispatch_blocked,
     "grouped": dispatch_grouped,
+    "switched": dispatch_switched,
 }

@@ -16,6 +16,7 @@ from moe_jax.models.config import DecoderConfig
 from moe_jax.nn.block import Block
 from moe_jax.nn.moe import MoELayer
 from moe_jax.nn.norms import NORMS
+from moe_jax.ops.linear import linear
 from moe_jax.routing import Balancer, Force, keep_trace
 from moe_jax.types import Array, RouterOutput, RouterStats, RoutingPlan, Topology, TraceLevel
 
@@ -90,12 +91,12 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Array, token_mask: Array | None = None) -> Array:
         """`[B, S]` ids to `[B, S, D]` in the compute dtype; masked tokens and a sequence's start add no context."""
-        tables = self.embedding[...].astype(self.config.compute_dtype)
+        tables, dtype = self.embedding[...], self.config.compute_dtype
         is_token = jnp.ones(tokens.shape, bool) if token_mask is None else token_mask
-        x = tables[0][tokens]
+        x = tables[0, tokens].astype(dtype)
         for distance in range(1, len(tables)):
             shift = ((0, 0), (distance, 0))
-            earlier = tables[distance][jnp.pad(tokens, shift)[:, :-distance]]
+            earlier = tables[distance, jnp.pad(tokens, shift)[:, :-distance]].astype(dtype)
             x += earlier * jnp.pad(is_token, shift)[:, :-distance, None]
         return x if self.config.embedding_scale == 1 else x * self.config.embedding_scale
 
@@ -110,7 +111,10 @@ class Decoder(nnx.Module):
     def logits(self, x: Array) -> Array:
         """`[B, S, D]` after the last layer to `[B, S, V]` float32."""
         read_out = self.embedding[...][0].T if self.read_out is None else self.read_out[...]
-        logits = self.norm(x).astype(jnp.float32) @ read_out.astype(jnp.float32)
+        x = self.norm(x)
+        if x.dtype != read_out.dtype:
+            x, read_out = x.astype(jnp.float32), read_out.astype(jnp.float32)
+        logits = linear(x, read_out, dtype=jnp.float32)
         if self.read_out_bias is not None:
             logits += self.read_out_bias[...].astype(jnp.float32)[None, None]
         return logits if self.config.logit_scale == 1 else logits * self.config.logit_scale

@@ -27,7 +27,9 @@ from moe_jax.models.sampling import GREEDY, Sampling, next_tokens
 from moe_jax.nn.attention import KeyValues
 from moe_jax.nn.attention_experts import AttentionExperts
 from moe_jax.nn.block import Block
+from moe_jax.nn.expert_stack import ExpertStack
 from moe_jax.nn.moe import MoELayer
+from moe_jax.nn.separate_experts import SeparateExperts
 from moe_jax.routing import get_rule
 from moe_jax.types import Array, RoutingPlan, Topology
 
@@ -123,10 +125,13 @@ class Generator:
         """
         _check_model(model)
         self.config, self.capacity = model.config, capacity
-        self._blocks = [model.layer(index) for index in range(len(model.config.layers))]
+        self._blocks = [
+            jax.tree.map(lambda leaf, i=i: _cut(leaf, i), stack) for stack in model.stacks for i in range(_depth(stack))
+        ]
         for block in self._blocks:
             if isinstance(block.feed_forward, MoELayer):
                 block.feed_forward.capacity = None
+        self._separate = [_with_separate_experts(block) for block in self._blocks]
         self._stem = jax.tree.map(lambda leaf: leaf, model)  # embedding and read-out, without the layers
         self._stem.stacks = nnx.List()
 
@@ -224,7 +229,7 @@ class Generator:
             if is_done.all():
                 return
             start, seen, read = time.perf_counter(), now, now - 1
-            progress = _decode(weights, progress, request, np.int32(chunk or max_tokens))
+            progress = _decode((self._stem, self._separate), progress, request, np.int32(chunk or max_tokens))
 
     def _check_request(self, prompts: Sequence[Sequence[int]], max_tokens: int, chunk: int | None) -> None:
         """Refuses what cannot be generated."""
@@ -279,6 +284,25 @@ def _check_model(model: Decoder) -> None:
             raise ValueError("attention experts read earlier tokens' keys and values, which the cache does not hold")
 
 
+def _depth(stack: Block) -> int:
+    return len(jax.tree.leaves(stack)[0])
+
+
+def _cut(array: Array, index: int | slice) -> Array:
+    """A part of an array; on CPU a view of it."""
+    if next(iter(array.devices())).platform != "cpu" or len(array.devices()) > 1:
+        return array[index]
+    return jax.device_put(np.asarray(array)[index], array.sharding, may_alias=True)
+
+
+def _with_separate_experts(block: Block) -> Block:
+    if not isinstance(block.feed_forward, MoELayer) or not isinstance(block.feed_forward.experts, ExpertStack):
+        return block
+    block = jax.tree.map(lambda leaf: leaf, block)
+    block.feed_forward.experts = SeparateExperts(block.feed_forward.experts, _cut)
+    return block
+
+
 Weights = tuple[Decoder, list[Block]]
 
 
@@ -291,8 +315,8 @@ def _prefill(
     token_mask = jnp.arange(prompts.shape[1])[None, :] < lengths[:, None]
     x, cache, chosen = stem.embed(prompts, token_mask), [], []
     for block, topology in zip(blocks, _per_layer(stem.config, request.topology), strict=True):
-        x, kept = block.attend(x, token_mask)
-        cache.append(jax.tree.map(partial(_pad, axis=1, length=capacity), kept))
+        x, kept = block.attend(x, token_mask, capacity)
+        cache.append(kept.grow(capacity))
         x, ids = _feed(block, x, token_mask, topology, request.token_groups, prompts)
         chosen += [] if ids is None else [ids]
     rows = jnp.arange(len(prompts))

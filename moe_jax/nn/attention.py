@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.nn.expert_stack import Setting
-from moe_jax.ops.attention import attend, visible_keys
+from moe_jax.ops.attention import attend, attention_weights, visible_keys
+from moe_jax.ops.linear import linear
 from moe_jax.ops.norms import rms_norm
 from moe_jax.ops.rotary import Rotary, get_rotary, rotate
 from moe_jax.types import Array
@@ -17,20 +18,27 @@ EVERYTHING = 2**30  # a window or chunk that no text fills
 
 
 class KeyValues(NamedTuple):
-    """What a layer keeps of each token for later ones: `first [B, S, ...]` and `second [B, S, ...]`.
+    """What a layer keeps of each token for later ones: `keys [B, ..., K, S]` and `values [B, ..., S, V]`.
 
-    In grouped-query attention the keys, turned, and the values, `[B, S, Hkv, Dh]`.
+    In grouped-query attention the keys, turned, and the values, each with an axis `[Hkv]`. They lie as the products with
+    one query want them: XLA's CPU backend would write keys `[B, S, Hkv, K]` anew in this order for every token.
     """
 
-    first: Array
-    second: Array
+    keys: Array
+    values: Array
 
-    def put(self, positions: Array, first: Array, second: Array) -> "KeyValues":
-        """Writes one token of each sequence, `[B, 1, ...]`, at its position `[B]`."""
+    def put(self, positions: Array, keys: Array, values: Array) -> "KeyValues":
+        """Writes one token of each sequence, `[B, ..., K]` and `[B, ..., V]`, at its position `[B]`."""
         rows = jnp.arange(len(positions))
         return KeyValues(
-            self.first.at[rows, positions].set(first[:, 0]), self.second.at[rows, positions].set(second[:, 0])
+            self.keys.at[rows, ..., positions].set(keys), self.values.at[rows, ..., positions, :].set(values)
         )
+
+    def grow(self, capacity: int) -> "KeyValues":
+        """Adds zeros for later tokens, up to S = `capacity`."""
+        added = (0, capacity - self.keys.shape[-1])
+        leading = [(0, 0)] * (self.keys.ndim - 2)
+        return KeyValues(jnp.pad(self.keys, [*leading, (0, 0), added]), jnp.pad(self.values, [*leading, added, (0, 0)]))
 
 
 class Rotation(NamedTuple):
@@ -122,18 +130,19 @@ class Attention(nnx.Module):
         self.key_norm = None if key_norm is None else nnx.Param(jnp.ones(key_norm))
         self.pattern = None if pattern is None else LayerPattern(pattern)
 
-    def __call__(self, x: Array, token_mask: Array | None = None) -> tuple[Array, KeyValues]:
+    def __call__(self, x: Array, token_mask: Array | None = None, length: int | None = None) -> tuple[Array, KeyValues]:
         """Attends within each sequence.
 
         Args:
           x: `[B, S, D]`.
           token_mask: `[B, S]` bool; nobody attends to a masked token.
+          length: tokens that the texts may grow to, on which some rotary positions depend; None for S.
 
         Returns:
           `[B, S, D]`, and what later tokens need of these.
         """
         positions = jnp.arange(x.shape[1])
-        query, key, value = self._project(x, positions, x.shape[1])
+        query, key, value = self._project(x, positions, length or x.shape[1])
         is_visible = None if token_mask is None else token_mask[:, None, None, :]
         if self.pattern is not None:
             seen = visible_keys(positions[None], positions, *self._limits())
@@ -141,7 +150,8 @@ class Attention(nnx.Module):
         mixed = attend(
             query, key, value, is_visible, is_causal=self.pattern is None, scale=self.scale, sinks=self._sinks()
         )
-        return self._leave(mixed), KeyValues(key, value)
+        kept = KeyValues(jnp.einsum("bshk->bhks", key), jnp.einsum("bshk->bhsk", value))
+        return self._leave(mixed), kept
 
     def extend(self, x: Array, positions: Array, cache: KeyValues) -> tuple[Array, KeyValues]:
         """Attends from one new token of each sequence to the cached ones and itself.
@@ -150,22 +160,28 @@ class Attention(nnx.Module):
           x: `[B, 1, D]`.
           positions: `[B]` int, where the new tokens stand; the cache holds those before, and what it holds from there
             on is not seen.
-          cache: `[B, C, Hkv, Dh]` keys and values of the tokens at 0 to C - 1.
+          cache: of the tokens at 0 to C - 1.
 
         Returns:
           `[B, 1, D]` and the cache with the new tokens in it.
         """
-        capacity = cache.first.shape[1]
+        num_kv_heads, head_width, capacity = cache.keys.shape[1:]
         query, key, value = self._project(x, positions[:, None], capacity)
-        cache = cache.put(positions, key, value)
+        cache = cache.put(positions, key[:, 0], value[:, 0])
+        grouped = query.reshape(len(x), num_kv_heads, -1, head_width)  # (B, 1, H, Dh) -> (B, Hkv, H/Hkv, Dh)
+        scores = jnp.einsum("bhgk,bhks->bhgs", grouped, cache.keys, preferred_element_type=jnp.float32)
+        scores *= head_width**-0.5 if self.scale is None else self.scale
         is_visible = visible_keys(positions[:, None], jnp.arange(capacity), *self._limits())
-        return self._leave(attend(query, *cache, is_visible, scale=self.scale, sinks=self._sinks())), cache
+        weights = attention_weights(scores.reshape(len(x), -1, 1, capacity), is_visible, self._sinks())
+        weights = weights.reshape(scores.shape).astype(value.dtype)
+        mixed = jnp.einsum("bhgs,bhsk->bhgk", weights, cache.values)
+        return self._leave(mixed.reshape(query.shape)), cache
 
     def _project(self, x: Array, positions: Array, length: int) -> tuple[Array, Array, Array]:
         """Queries and keys at their positions, and values: `[B, S, H or Hkv, Dh]`."""
         num_heads = self.out.shape[0]
         num_kv_heads = (self.qkv.shape[1] - num_heads) // 2
-        qkv = jnp.einsum("bsd,dhk->bshk", x, self.qkv[...].astype(x.dtype))
+        qkv = linear(x, self.qkv[...].astype(x.dtype))
         if self.qkv_bias is not None:
             qkv += self.qkv_bias[...].astype(x.dtype)[None, None]
         query, key, value = jnp.split(qkv, [num_heads, num_heads + num_kv_heads], axis=2)
@@ -202,7 +218,8 @@ class Attention(nnx.Module):
 
     def _leave(self, mixed: Array) -> Array:
         """`[B, S, H, Dh]` back to `[B, S, D]`."""
-        y = jnp.einsum("bshk,hkd->bsd", mixed, self.out[...].astype(mixed.dtype))
+        out = self.out[...].astype(mixed.dtype)
+        y = linear(mixed.reshape(*mixed.shape[:2], -1), out.reshape(-1, out.shape[-1]))
         return y if self.out_bias is None else y + self.out_bias[...].astype(mixed.dtype)[None, None]
 
 

@@ -46,9 +46,9 @@ class Block(nnx.Module):
             x, token_mask, topology, token_groups, token_ids=token_ids, key=key, forced=forced, force=force
         )
 
-    def attend(self, x: Array, token_mask: Array | None = None) -> tuple[Array, KeyValues]:
-        """The first half: the residual stream after attention, and what later tokens need of these."""
-        mixed, kept = self.attention(self.attention_norm(x), token_mask)
+    def attend(self, x: Array, token_mask: Array | None = None, length: int | None = None) -> tuple[Array, KeyValues]:
+        """The first half: the residual stream after attention, and what later tokens need; arguments as `Attention`."""
+        mixed, kept = self.attention(self.attention_norm(x), token_mask, length)
         return self._add(x, mixed), kept
 
     def extend(self, x: Array, positions: Array, cache: KeyValues) -> tuple[Array, KeyValues]:

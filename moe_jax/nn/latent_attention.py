@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.nn.attention import EVERYTHING, PLAIN, KeyValues, Rotation
-from moe_jax.ops.attention import attend, visible_keys
+from moe_jax.ops.attention import attend, attention_weights, visible_keys
+from moe_jax.ops.linear import linear
 from moe_jax.ops.norms import rms_norm
 from moe_jax.ops.rotary import Rotary, rotate
 from moe_jax.types import Array
@@ -72,35 +73,36 @@ class LatentAttention(nnx.Module):
         self.up = draw(keys[3], latent_width, num_heads, content_width + value_width, fan_in=latent_width)
         self.out = draw(keys[4], num_heads, value_width, width, fan_in=num_heads * value_width, factor=output_scale)
 
-    def __call__(self, x: Array, token_mask: Array | None = None) -> tuple[Array, KeyValues]:
-        """As `Attention`; later tokens need the latents `[B, S, R]` and the shared turned keys `[B, S, rotary]`."""
-        positions = jnp.arange(x.shape[1])
-        query = self._query(x, positions, x.shape[1])
-        latent, turned = self._latent(x, positions, x.shape[1])
+    def __call__(self, x: Array, token_mask: Array | None = None, length: int | None = None) -> tuple[Array, KeyValues]:
+        """As `Attention`; kept are the shared turned keys `[B, rotary, S]`, and the latents `[B, S, R]` as values."""
+        positions, length = jnp.arange(x.shape[1]), length or x.shape[1]
+        query = self._query(x, positions, length)
+        latent, turned = self._latent(x, positions, length)
         up = self.up[...].astype(x.dtype)
         key, value = jnp.split(jnp.einsum("bsr,rhk->bshk", latent, up), [self._content_width], axis=-1)
         shared = jnp.broadcast_to(turned[:, :, None, :], (*key.shape[:3], turned.shape[-1]))
         key = jnp.concatenate([key, shared], axis=-1)
         is_visible = None if token_mask is None else token_mask[:, None, None, :]
         mixed = attend(query, key, value, is_visible, is_causal=True, scale=self.scale)
-        return self._leave(mixed), KeyValues(latent, turned)
+        return self._leave(mixed), KeyValues(turned.swapaxes(1, 2), latent)
 
     def extend(self, x: Array, positions: Array, cache: KeyValues) -> tuple[Array, KeyValues]:
-        """As `Attention`, on a cache of latents `[B, C, R]` and turned keys `[B, C, rotary]`."""
-        capacity = cache.first.shape[1]
-        query = self._query(x, positions[:, None], capacity)
+        """As `Attention`."""
+        capacity = cache.keys.shape[-1]
+        query = self._query(x, positions[:, None], capacity)[:, 0]
         latent, turned = self._latent(x, positions[:, None], capacity)
-        cache = cache.put(positions, latent, turned)
+        cache = cache.put(positions, turned[:, 0], latent[:, 0])
         to_key, to_value = jnp.split(self.up[...].astype(x.dtype), [self._content_width], axis=-1)
         content, rotary = jnp.split(query, [self._content_width], axis=-1)
-        # One key head for all: [query in the latent's space, turned query] against [latent, turned key].
-        query = jnp.concatenate([jnp.einsum("bshk,rhk->bshr", content, to_key), rotary], axis=-1)
-        key = jnp.concatenate(cache, axis=-1)[:, :, None, :]
+        content = jnp.einsum("bhk,rhk->bhr", content, to_key)  # into the latents' space
+        scores = jnp.einsum("bhr,bsr->bhs", content, cache.values, preferred_element_type=jnp.float32)
+        scores += jnp.einsum("bhk,bks->bhs", rotary, cache.keys, preferred_element_type=jnp.float32)
+        scores *= self.scale or self.query.shape[-1] ** -0.5
         everything = jnp.int32(EVERYTHING)
         is_visible = visible_keys(positions[:, None], jnp.arange(capacity), everything, everything)
-        scale = self.scale or self.query.shape[-1] ** -0.5
-        mixed = attend(query, key, cache.first[:, :, None, :], is_visible, scale=scale)
-        return self._leave(jnp.einsum("bshr,rhv->bshv", mixed, to_value)), cache
+        weights = attention_weights(scores[:, :, None], is_visible)[:, :, 0].astype(x.dtype)
+        mixed = jnp.einsum("bhs,bsr->bhr", weights, cache.values)
+        return self._leave(jnp.einsum("bhr,rhv->bhv", mixed, to_value)[:, None]), cache
 
     @property
     def _content_width(self) -> int:
@@ -109,14 +111,14 @@ class LatentAttention(nnx.Module):
     def _query(self, x: Array, positions: Array, length: int) -> Array:
         """`[B, S, H, content + rotary]`, the rotary part turned."""
         if self.query_down is not None and self.query_norm is not None:
-            x = rms_norm(x @ self.query_down[...].astype(x.dtype), self.query_norm[...], self.norm_epsilon)
-        query = jnp.einsum("bsd,dhk->bshk", x, self.query[...].astype(x.dtype))
+            x = rms_norm(linear(x, self.query_down[...].astype(x.dtype)), self.query_norm[...], self.norm_epsilon)
+        query = linear(x, self.query[...].astype(x.dtype))
         content, rotary = jnp.split(query, [self._content_width], axis=-1)
         return jnp.concatenate([content, rotate(rotary, positions, self._rotary(length))], axis=-1)
 
     def _latent(self, x: Array, positions: Array, length: int) -> tuple[Array, Array]:
         """Normed latents `[B, S, R]` and turned shared keys `[B, S, rotary]`."""
-        latent, rotary = jnp.split(x @ self.down[...].astype(x.dtype), [self.norm.shape[0]], axis=-1)
+        latent, rotary = jnp.split(linear(x, self.down[...].astype(x.dtype)), [self.norm.shape[0]], axis=-1)
         turned = rotate(rotary[:, :, None, :], positions, self._rotary(length))[:, :, 0]
         return rms_norm(latent, self.norm[...], self.norm_epsilon), turned
 
@@ -125,4 +127,5 @@ class LatentAttention(nnx.Module):
 
     def _leave(self, mixed: Array) -> Array:
         """`[B, S, H, Dv]` back to `[B, S, D]`."""
-        return jnp.einsum("bshv,hvd->bsd", mixed, self.out[...].astype(mixed.dtype))
+        out = self.out[...].astype(mixed.dtype)
+        return linear(mixed.reshape(*mixed.shape[:2], -1), out.reshape(-1, out.shape[-1]))

@@ -19,6 +19,7 @@ from moe_jax.nn.expert_stack import ExpertStack, Setting
 from moe_jax.nn.feed_forward import FeedForward
 from moe_jax.nn.latent import Latent
 from moe_jax.nn.routers import Router
+from moe_jax.nn.separate_experts import SeparateExperts
 from moe_jax.nn.zero_compute import ZeroComputeExperts, without_zero_compute
 from moe_jax.routing import Balancer, Capacity, Force, Rule, check_rule, get_rule, route, rule_settings
 from moe_jax.types import Array, DispatchFn, RouterOutput, RouterStats, RoutingPlan, Topology
@@ -36,7 +37,7 @@ class MoELayer(nnx.Module):
     def __init__(
         self,
         router: Router,
-        experts: ExpertStack | AttentionExperts,
+        experts: ExpertStack | AttentionExperts | SeparateExperts,
         *,
         shared: FeedForward | None = None,
         latent: Latent | None = None,
@@ -207,7 +208,7 @@ class MoELayer(nnx.Module):
 
 
 def _mix_weighed(
-    experts: ExpertStack | AttentionExperts,
+    experts: ExpertStack | AttentionExperts | SeparateExperts,
     x: Array,
     plan: RoutingPlan,
     dispatch: DispatchFn,

@@ -40,18 +40,32 @@ def attend(
     if is_causal:
         is_past = jnp.tril(jnp.ones((num_queries, num_keys), bool))[None, None]
         is_visible = is_past if is_visible is None else is_past & is_visible
+    weights = attention_weights(scores, is_visible, sinks).astype(value.dtype)
+    weights = weights.reshape(batch, num_kv_heads, -1, num_queries, num_keys)
+    return jnp.einsum("bhgqk,bkhd->bqhgd", weights, value).reshape(batch, num_queries, num_heads, value.shape[-1])
+
+
+def attention_weights(scores: Array, is_visible: Array | None = None, sinks: Array | None = None) -> Array:
+    """Softmax over keys.
+
+    Args:
+      scores: `[B, H, Sq, Sk]` float32.
+      is_visible: bool that broadcasts to it; None means that all is seen.
+      sinks: `[H]`; see `attend`.
+
+    Returns:
+      `[B, H, Sq, Sk]` float32; rows sum to 1, or with sinks to less.
+    """
     if is_visible is not None:
         scores = jnp.where(is_visible, scores, jnp.finfo(jnp.float32).min / 2)
     top = scores.max(-1, keepdims=True)
-    if sinks is not None:
-        sink = sinks.astype(jnp.float32).reshape(1, -1, 1, 1)
-        top = jnp.maximum(top, sink)
+    if sinks is None:
+        weights = jnp.exp(scores - top)
+        return weights / weights.sum(-1, keepdims=True)
+    sink = sinks.astype(jnp.float32).reshape(1, -1, 1, 1)
+    top = jnp.maximum(top, sink)
     weights = jnp.exp(scores - top)
-    total = weights.sum(-1, keepdims=True)
-    if sinks is not None:
-        total += jnp.exp(sink - top)
-    weights = (weights / total).astype(value.dtype).reshape(batch, num_kv_heads, -1, num_queries, num_keys)
-    return jnp.einsum("bhgqk,bkhd->bqhgd", weights, value).reshape(batch, num_queries, num_heads, value.shape[-1])
+    return weights / (weights.sum(-1, keepdims=True) + jnp.exp(sink - top))
 
 
 def visible_keys(query_positions: Array, key_positions: Array, window: Array, chunk: Array) -> Array:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.nn.experts.kind import ExpertKind
+from moe_jax.ops.linear import linear
 from moe_jax.types import Array, Expert
 
 
@@ -58,12 +59,12 @@ def _network(activate: Callable[[Array], Array]) -> Expert:
 
 
 def _into_hidden(params: dict[str, Array], rows: Array) -> Array:
-    hidden = rows @ params["w_in"]
+    hidden = linear(rows, params["w_in"])
     return hidden + params["b_in"][None] if "b_in" in params else hidden
 
 
 def _out_of_hidden(activate: Callable[[Array], Array], params: dict[str, Array], hidden: Array) -> Array:
-    rows = activate(hidden) @ params["w_out"]
+    rows = linear(activate(hidden), params["w_out"])
     return rows + params["b_out"][None] if "b_out" in params else rows
 
 

@@ -1,0 +1,32 @@
+"""Matrix products with weights, also for a single row, where the time is that of reading the weights."""
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.types import Array
+
+# XLA's CPU backend gives every 2 MiB of a matrix-vector product a thread of its own, and so runs the small ones of a
+# decoded token on one core. In parts, which are a batch, they run on several.
+PARTS = 4
+LARGE = 8 * 2**20  # bytes from which the product has as many threads without
+
+
+def linear(x: Array, weights: Array, *, dtype: jnp.dtype | None = None) -> Array:
+    """`x [..., D]` times `weights [D, ...]`.
+
+    Args:
+      x: `[..., D]`.
+      weights: `[D, ...]` in x's dtype.
+      dtype: of sums and result; None for x's.
+
+    Returns:
+      The leading axes of x, then the trailing ones of the weights.
+    """
+    width = x.shape[-1]
+    rows, matrix = x.reshape(-1, width), weights.reshape(width, -1)
+    if len(rows) == 1 and width % PARTS == 0 and matrix.nbytes < LARGE:
+        parts = (rows.reshape(PARTS, 1, -1), matrix.reshape(PARTS, width // PARTS, -1))
+        y = jnp.einsum("prd,pdf->prf", *parts, preferred_element_type=dtype).sum(0)
+    else:
+        y = jnp.matmul(rows, matrix, preferred_element_type=dtype)
+    return y.reshape(*x.shape[:-1], *weights.shape[1:])
