@@ -1,6 +1,5 @@
 """Matrix products with weights, also for a single row, where the time is that of reading the weights."""
 
-import jax
 import jax.numpy as jnp
 
 from moe_jax.types import Array
