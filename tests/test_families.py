@@ -79,6 +79,7 @@ def test_experts_go_by_either_name():
         (QWEN3_0_6B, {"rope_scaling": YARN | {"factor": "4"}}, "'factor' .* must be a positive number, got '4'"),
         (QWEN3_0_6B, {"rope_scaling": YARN | {"truncate": 1}}, "'truncate' .* must be true or false, got 1"),
         (QWEN3_0_6B, {"rms_norm_eps": float("nan")}, "'rms_norm_eps' must be finite, got nan"),
+        (QWEN3_0_6B, {"rope_theta": 10**400}, "'rope_theta' must be finite"),
         (QWEN3_30B_A3B, {"num_local_experts": 64}, "num_experts=128"),
         (OLMOE_1B_7B, {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         (GRANITE_1B_A400M, {"logits_scaling": 0}, "must be positive"),

@@ -125,8 +125,8 @@ def _kind_and_parameters(hub: HubConfig) -> tuple[str, dict[str, Any]]:
 
 
 def _is_positive(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 < value < math.inf
+    """Whether it is a positive number that float32 holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 3e38
 
 
 def _with_yarn_magnitude(given: dict[str, Any]) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class HubConfig:
         if value is None:
             return None
         if kind is float and type(value) is int:
-            value = float(value)
+            value = float(value) if abs(value) < 2**1000 else math.inf
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise HubError(f"{self.source}: {key!r} must be of type {kind.__name__}, got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
