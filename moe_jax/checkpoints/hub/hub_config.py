@@ -88,8 +88,8 @@ class HubConfig:
             value = float(value) if abs(value) < 2**1000 else math.inf
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise HubError(f"{self.source}: {key!r} must be of type {kind.__name__}, got {value!r}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise HubError(f"{self.source}: {key!r} must be finite, got {value!r}")
+        if isinstance(value, float) and not abs(value) < 3e38:  # NaN neither
+            raise HubError(f"{self.source}: {key!r} must be a number that float32 holds, got {value!r}")
         return value
 
     def count(self, key: str, default: int | None = None, most: int = 2**24) -> int:
