@@ -1,6 +1,7 @@
 """The encoder-decoder against a NumPy forward pass written from the papers, and its structural promises."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -57,12 +58,16 @@ NLLB = EncoderDecoderConfig(
 STYLES = {"switch": SWITCH, "nllb": NLLB}
 
 
-def make(config, seed=0):
+@functools.cache
+def make(config, weight_noise=0.2):
     """A model none of whose parameters is at its start."""
-    model = EncoderDecoder(config, key=jax.random.key(seed))
-    state = nnx.state(model)
-    noise = jax.tree.map(lambda x: 0.2 * np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32), state)
-    nnx.update(model, jax.tree.map(jnp.add, state, noise))
+    model = EncoderDecoder(config, key=jax.random.key(0))
+    params, rng = nnx.state(model, nnx.Param), np.random.default_rng(0)
+
+    def disturb(x):
+        return x + (weight_noise if x.ndim > 1 else 0.2) * rng.normal(size=x.shape).astype(np.float32)
+
+    nnx.update(model, jax.tree.map(disturb, params))
     return model
 
 
@@ -74,9 +79,13 @@ def tokens_of(batch, length, seed=1):
     return jax.random.randint(jax.random.key(seed), (batch, length), 3, 23)
 
 
-def apply(model, *args, **kw):
-    graphdef, state = nnx.split(model)
-    return jax.jit(lambda state: nnx.merge(graphdef, state)(*args, **kw))(state)
+@functools.partial(jax.jit, static_argnames=("graphdef", "trace"))
+def run(graphdef, state, *args, trace, key):
+    return nnx.merge(graphdef, state)(*args, trace=trace, key=key)
+
+
+def apply(model, *args, trace="stats", key=None):
+    return run(*nnx.split(model), *args, trace=trace, key=key)
 
 
 def leaf(param):
@@ -216,7 +225,7 @@ def test_cached_decoding_equals_the_whole_target(style, parts):
     model, source, target = make(dropless(STYLES[style])), tokens_of(2, 9), tokens_of(2, 6, seed=2)
     source_mask = jnp.arange(9)[None, :] < jnp.array([[9], [4]])
     target_mask = jnp.array([[True] * 6, [False, True, True, False, True, True]])
-    whole, _, routed = apply(model, source, target, source_mask, target_mask, "full")
+    whole, _, routed = apply(model, source, target, source_mask, target_mask, trace="full")
     encoded, _ = model.encode(source, source_mask)
     cache = model.start_cache(encoded, source_mask, 8)
     decode = jax.jit(lambda state, *args: nnx.merge(nnx.graphdef(model), state).decode(*args, "full"))
@@ -239,11 +248,13 @@ def test_gradients_are_finite_and_reach_every_parameter(style):
     source, target = tokens_of(3, 9), tokens_of(3, 7, seed=2)
     mask = jnp.arange(9)[None, :] < jnp.array([[9], [4], [0]])  # the last source is empty
 
-    def loss(state):
-        logits, *_ = nnx.merge(nnx.graphdef(model), state)(source, target, mask, trace="off")
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params):
+        logits, *_ = nnx.merge(graphdef, params, rest)(source, target, mask, trace="off")
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, :, None], -1).mean()
 
-    gradient = jax.jit(jax.grad(loss))(nnx.state(model, nnx.Param))
+    gradient = jax.jit(jax.grad(loss))(params)
     for path, value in jax.tree_util.tree_leaves_with_path(gradient):
         assert jnp.isfinite(value).all(), path
         assert "key_bias" in str(path) or jnp.abs(value).max() > 1e-7, path  # softmax cancels a shift of all keys
@@ -278,13 +289,13 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits():
 
 
 def test_population_of_models_is_a_vmap_over_keys():
-    keys = jax.random.split(jax.random.key(0), 2)
-    states = jax.vmap(lambda key: nnx.state(EncoderDecoder(SWITCH, key=key)))(keys)
-    graphdef = nnx.graphdef(make(SWITCH))
-    source, target = tokens_of(2, 6), tokens_of(2, 5)
-    together = jax.vmap(lambda state: nnx.merge(graphdef, state)(source, target)[0])(states)
-    alone, *_ = apply(EncoderDecoder(SWITCH, key=keys[1]), source, target)
+    config = dataclasses.replace(SWITCH, encoder_layers=("moe",), decoder_layers=("dense",))
+    states = jax.vmap(lambda key: nnx.state(EncoderDecoder(config, key=key)))(jax.random.split(jax.random.key(0), 2))
+    graphdef, args = nnx.graphdef(make(config)), (tokens_of(2, 6), tokens_of(2, 5))
+    together = jax.jit(jax.vmap(lambda state: nnx.merge(graphdef, state)(*args)[0]))(states)
+    alone, *_ = run(graphdef, jax.tree.map(lambda leaf: leaf[1], states), *args, trace="off", key=None)
     np.testing.assert_allclose(together[1], alone, atol=1e-5)
+    assert jnp.abs(together[0] - together[1]).max() > 0.1
 
 
 def test_attention_by_hand():

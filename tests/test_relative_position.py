@@ -19,7 +19,7 @@ def test_buckets_of_a_decoder_by_hand():
 
 
 def test_buckets_of_an_encoder_by_hand():
-    # 4 buckets a side, 2 exact; from distance 2 on 2 + floor(2 log(n / 2) / log(8 / 2)) = 2 + floor(log2(n / 2))
+    # 4 buckets a side, 2 of them exact: from 2 on, 2 + floor(2 log(n / 2) / log(8 / 2)) = 2 + floor(log2(n / 2)).
     expected = {0: 0, -1: 1, -2: 2, -3: 2, -4: 3, -8: 3, -99: 3, 1: 5, 2: 6, 3: 6, 4: 7, 8: 7, 99: 7}
     buckets = relative_position_buckets(jnp.array(list(expected)), num_buckets=8, max_distance=8, is_bidirectional=True)
     np.testing.assert_array_equal(buckets, list(expected.values()))

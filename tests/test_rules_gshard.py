@@ -59,6 +59,41 @@ def test_gates_of_used_experts_have_the_gradient_of_evaluation():
     np.testing.assert_allclose(train_gradient, gradient, rtol=1e-6)
 
 
+# Tokens that want (0, 1), (0, 2) and (0, 1), with gates 5/8 and 3/8; the second is the surest of its first choice.
+PROBABILITIES = jnp.array([[0.5, 0.3, 0.2], [0.625, 0.0, 0.375], [0.5, 0.3, 0.2]])
+
+
+def short(**settings):
+    """One row for each expert."""
+    rule = get_rule("gshard_top_2", **settings)
+    return route(jnp.log(PROBABILITIES + 1e-9), rule, num_choices=2, capacity=1)
+
+
+def test_what_capacity_drops_can_go_to_the_other_expert():
+    # Expert 0 takes token 0, then as second choices expert 1 takes token 0 and expert 2 token 1; token 2 gets nothing.
+    ids = [[0, 1], [3, 2], [3, 3]]
+    for settings, gates in (
+        ({}, [[0.625, 0.375], [0, 0.375], [0, 0]]),
+        ({"scale": 0.8}, [[0.5, 0.3], [0, 0.3], [0, 0]]),
+        ({"redistribute": True}, [[0.625, 0.375], [0, 1], [0, 0]]),
+        ({"redistribute": True, "scale": 0.8}, [[0.5, 0.3], [0, 0.8], [0, 0]]),
+    ):
+        output = short(**settings)
+        np.testing.assert_array_equal(output.plan.expert_ids, ids)
+        np.testing.assert_allclose(output.plan.gates, gates, atol=1e-6)
+        assert output.stats.dropped_capacity == 3
+
+
+def test_the_surest_token_can_be_served_first():
+    np.testing.assert_array_equal(short(by_priority=True).plan.expert_ids, [[3, 1], [0, 2], [3, 3]])
+
+
+def test_scale_leaves_the_second_experts_frequency():
+    plan = route(LOGITS, get_rule("gshard_top_2", scale=0.5), num_choices=2, key=jax.random.key(0)).plan
+    np.testing.assert_array_equal(plan.expert_ids, train(LOGITS).plan.expert_ids)
+    np.testing.assert_allclose(plan.gates, train(LOGITS).plan.gates / 2, rtol=1e-6)
+
+
 def test_unknown_policies_are_refused():
     with pytest.raises(ValueError, match="unknown second_policy 'sampling'; known: random, all"):
         route(LOGITS[:1], get_rule("gshard_top_2", second_policy="sampling"), num_choices=2)

@@ -1,9 +1,14 @@
 """Attributes of a public model's `config.json`: all are handled, known to have no effect, or refused by name."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from moe_jax.models.encoder_decoder_config import LayerKind
+from moe_jax.models.encoder_decoder_config import EncoderDecoderConfig, LayerKind
+from moe_jax.nn.experts import EXPERTS
+from moe_jax.nn.routers import ROUTERS
+from moe_jax.routing import get_rule, rule_settings
+from moe_jax.routing.rule import settings_of
 
 # Activations by their names in `transformers`, and ours.
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu"}
@@ -108,3 +113,37 @@ def find_step(layers: tuple[LayerKind, ...], is_sparse: Callable[[int, int], boo
         if layer_kinds(len(layers), is_sparse, step) == layers:
             return step
     raise ValueError(f"{field}={layers} has no regular step of MoE layers, which this family needs")
+
+
+def check_written(config: EncoderDecoderConfig, written: EncoderDecoderConfig, family: str) -> None:
+    """Refuses to write a config that would not be read as the same architecture.
+
+    Args:
+      config: what was to be written.
+      written: what is read from it.
+      family: for messages.
+
+    Raises:
+      ValueError: the fields that the family cannot express, with the values that it has for them.
+    """
+    ours, theirs = _spell_out(config), _spell_out(written)
+    if lost := [f"{name}={value!r} (it has {theirs[name]!r})" for name, value in ours.items() if value != theirs[name]]:
+        raise ValueError(f"a {family} model cannot have {', '.join(lost)}")
+
+
+def _spell_out(config: EncoderDecoderConfig) -> dict[str, Any]:
+    """The fields that make the architecture, with the values that stand behind defaults."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    for name in ("backend", "stats_level", "compute_dtype", "capacity", "capacity_unit", "capacity_per_sequence"):
+        del fields[name]
+    router = settings_of(ROUTERS[config.router].__init__)
+    del router["key"]
+    return fields | {
+        "capacity": config.token_capacity,
+        "head_width": [
+            config.head_width or config.width // heads for heads in (config.encoder_heads, config.decoder_heads)
+        ],
+        "expert_settings": settings_of(EXPERTS[config.expert]) | dict(config.expert_settings),
+        "router_settings": router | dict(config.router_settings),
+        "rule_settings": rule_settings(get_rule(config.rule, **config.rule_settings)),
+    }

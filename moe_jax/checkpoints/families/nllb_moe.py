@@ -12,6 +12,7 @@ from typing import Any
 from moe_jax.checkpoints.families.attributes import (
     activation,
     activation_name,
+    check_written,
     find_step,
     layer_kinds,
     read_attributes,
@@ -123,7 +124,7 @@ def _write(config: EncoderDecoderConfig) -> dict[str, Any]:
     """
     counted = config.capacity_unit == "tokens" and config.capacity is not None
     scale: Any = config.rule_settings.get("scale", 1.0)
-    return {
+    written = {
         "model_type": MODEL_TYPE,
         "architectures": ["NllbMoeForConditionalGeneration"],
         "is_encoder_decoder": True,
@@ -151,6 +152,8 @@ def _write(config: EncoderDecoderConfig) -> dict[str, Any]:
         "decoder_start_token_id": config.start_id,
         "tie_word_embeddings": config.tie_embeddings,
     }
+    check_written(config, _read(HubConfig(written)), MODEL_TYPE)
+    return written
 
 
 def _table(config: EncoderDecoderConfig) -> list[Entry]:

@@ -11,6 +11,7 @@ from typing import Any
 from moe_jax.checkpoints.families.attributes import (
     activation,
     activation_name,
+    check_written,
     find_step,
     layer_kinds,
     read_attributes,
@@ -116,7 +117,7 @@ def _write(config: EncoderDecoderConfig) -> dict[str, Any]:
     Raises:
       ValueError: what a Switch Transformer cannot be, by field.
     """
-    return {
+    written = {
         "model_type": MODEL_TYPE,
         "architectures": ["SwitchTransformersForConditionalGeneration"],
         "is_encoder_decoder": True,
@@ -144,6 +145,8 @@ def _write(config: EncoderDecoderConfig) -> dict[str, Any]:
         "decoder_start_token_id": config.start_id,
         "tie_word_embeddings": config.tie_embeddings,
     }
+    check_written(config, _read(HubConfig(written)), MODEL_TYPE)
+    return written
 
 
 def _table(config: EncoderDecoderConfig) -> list[Entry]:
