@@ -48,7 +48,7 @@ def test_rules_are_listed_and_explained(root, capsys):
     assert all(f" {name} " in shown for name in RULES) and "arXiv:2412.19437" in shown
     assert main(["rules", "sigmoid_top_k"]) == 0
     shown = capsys.readouterr().out
-    assert "settings: score_function='sigmoid', renormalize=True, scale=1.0" in shown and "the K best" in shown
+    assert "settings: score_function='sigmoid', by_logits=False, renormalize=True" in shown and "the K best" in shown
 
 
 def test_report_is_made_again(root, capsys):

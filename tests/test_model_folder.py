@@ -1,5 +1,6 @@
 """Model folders without torch: writing, reading, exporting our own models, sharding, memory, hostile configs."""
 
+import copy
 import dataclasses
 import json
 import resource
@@ -222,8 +223,10 @@ _JSON = st.recursive(
 @given(data=st.data())
 def test_any_value_in_any_place_of_a_config_is_read_or_refused(data):
     """No other exception, no hanging, no memory for absurd sizes: nothing is allocated before the config is checked."""
-    values = dict(PUBLISHED[data.draw(st.sampled_from(sorted(PUBLISHED)))])
-    values[data.draw(st.sampled_from(sorted(values)))] = data.draw(_JSON)
+    values = copy.deepcopy(PUBLISHED[data.draw(st.sampled_from(sorted(PUBLISHED)))])
+    places = [values, *(inner for inner in values.values() if isinstance(inner, dict))]
+    place = data.draw(st.sampled_from(places))
+    place[data.draw(st.sampled_from(sorted(place)))] = data.draw(_JSON)
     limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         hub = HubConfig(values)
