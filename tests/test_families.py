@@ -6,7 +6,7 @@ from moe_jax.checkpoints.families import FAMILIES, family_of
 from moe_jax.checkpoints.hub.hub_config import HubConfig
 from moe_jax.checkpoints.hub.tensor_files import HubError
 
-from .hub_configs_a import (
+from .hub_configs_mixtral import (
     GPT_OSS_20B,
     GRANITE_1B_A400M,
     HUB_CONFIGS,

@@ -26,8 +26,8 @@ from moe_jax.cli import main
 from moe_jax.models.config import DecoderConfig
 from moe_jax.models.decoder import Decoder
 
-from .hub_configs_a import HUB_CONFIGS
-from .hub_configs_b import CONFIGS
+from .hub_configs_deepseek import CONFIGS
+from .hub_configs_mixtral import HUB_CONFIGS
 
 PUBLISHED = {name: row[0] for name, row in {**HUB_CONFIGS, **CONFIGS}.items()}
 TINY = DecoderConfig(

@@ -7,7 +7,7 @@ from moe_jax.checkpoints.hub.hub_config import HubConfig
 from moe_jax.checkpoints.hub.tensor_files import HubError
 from moe_jax.models.cost import model_cost
 
-from .hub_configs_b import CONFIGS
+from .hub_configs_deepseek import CONFIGS
 
 
 def read(values):

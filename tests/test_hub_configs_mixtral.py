@@ -6,7 +6,7 @@ from moe_jax.checkpoints.families import family_of
 from moe_jax.checkpoints.hub.hub_config import HubConfig
 from moe_jax.models.cost import model_cost
 
-from .hub_configs_a import HUB_CONFIGS, WITHOUT_EMBEDDING
+from .hub_configs_mixtral import HUB_CONFIGS, WITHOUT_EMBEDDING
 
 
 @pytest.mark.parametrize("name", HUB_CONFIGS)
