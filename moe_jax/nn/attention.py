@@ -20,8 +20,8 @@ EVERYTHING = 2**30  # a window or chunk that no text fills
 class KeyValues(NamedTuple):
     """What a layer keeps of each token for later ones: `keys [B, ..., K, S]` and `values [B, ..., S, V]`.
 
-    In grouped-query attention the keys, turned, and the values, each with an axis `[Hkv]`. They lie as the products with
-    one query want them: XLA's CPU backend would write keys `[B, S, Hkv, K]` anew in this order for every token.
+    In grouped-query attention the keys, turned, and the values, each with an axis `[Hkv]`. They lie as the products
+    with one query want them: XLA's CPU backend would write keys `[B, S, Hkv, K]` anew in this order for every token.
     """
 
     keys: Array
