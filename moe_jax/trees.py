@@ -1,4 +1,4 @@
-"""Small questions about pytrees of arrays that every layer asks; no flax, so that the lowest layers may ask too."""
+"""Small questions about arrays and trees of them that every layer asks; no flax, so that the lowest layers may too."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def count_parameters(tree: Any) -> int:
@@ -32,3 +33,11 @@ def all_finite(tree: Any) -> jax.Array:
     """
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all() if leaves else jnp.array(True)
+
+
+def cut(array: jax.Array, index: int | slice) -> jax.Array:
+    """`array[index]` along the leading axis; of an array on one CPU device a view, which keeps the whole alive."""
+    devices = array.devices()
+    if len(devices) > 1 or next(iter(devices)).platform != "cpu":
+        return array[index]
+    return jax.device_put(np.asarray(array)[index], array.sharding, may_alias=True)

@@ -10,6 +10,7 @@ or tokens take `blocked`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ def dispatch_switched(tokens: Array, plan: RoutingPlan, expert: Expert, params: 
         one = jax.tree.map(lambda leaf: leaf[index], params)
         return expert.outer(one, expert.inner(one, row))
 
-    return run_slots(tokens, plan, [lambda row, e=e: run(e, row) for e in range(plan.num_experts)])
+    return run_slots(tokens, plan, [partial(run, index) for index in range(plan.num_experts)])
 
 
 def run_slots(tokens: Array, plan: RoutingPlan, experts: Sequence[Callable[[Array], Array]]) -> Array:

@@ -1,6 +1,5 @@
 """The experts of a stack with arrays of their own, so that a decoded token reads its experts and copies nothing."""
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -8,15 +7,16 @@ from flax import nnx
 
 from moe_jax.dispatch.switched import run_slots
 from moe_jax.nn.expert_stack import ExpertStack
+from moe_jax.trees import cut
 from moe_jax.types import Array, DispatchFn, RoutingPlan
 
 
 class SeparateExperts(nnx.Module):
     """E stacks of one expert; takes the place of the stack in a `MoELayer` that runs few tokens."""
 
-    def __init__(self, stack: ExpertStack, cut: Callable[[Array, slice], Array]):
-        """Cuts the stack up; `cut(array, index)` gives `array[index]`, as a copy or not."""
-        self.experts = nnx.List(_one_of(stack, index, cut) for index in range(stack.num_experts))
+    def __init__(self, stack: ExpertStack):
+        """Cuts the stack up, on CPU without a copy."""
+        self.experts = nnx.List(_one_of(stack, index) for index in range(stack.num_experts))
 
     @property
     def num_experts(self) -> int:
@@ -30,7 +30,7 @@ class SeparateExperts(nnx.Module):
         return run_slots(tokens, plan, [partial(_run, one) for one in self.experts]).reshape(x.shape)
 
 
-def _one_of(stack: ExpertStack, index: int, cut: Callable[[Array, slice], Array]) -> ExpertStack:
+def _one_of(stack: ExpertStack, index: int) -> ExpertStack:
     """A stack of one of the experts."""
     chosen = slice(index, index + 1)
     one = jax.tree.map(lambda leaf: cut(leaf, chosen), stack)

@@ -24,8 +24,9 @@ def linear(x: Array, weights: Array, *, dtype: jnp.dtype | None = None) -> Array
     width = x.shape[-1]
     rows, matrix = x.reshape(-1, width), weights.reshape(width, -1)
     if len(rows) == 1 and width % PARTS == 0 and matrix.nbytes < LARGE:
-        parts = (rows.reshape(PARTS, 1, -1), matrix.reshape(PARTS, width // PARTS, -1))
-        y = jnp.einsum("prd,pdf->prf", *parts, preferred_element_type=dtype).sum(0)
+        operands = (rows.reshape(PARTS, 1, -1), matrix.reshape(PARTS, width // PARTS, -1))
+        parts = jnp.einsum("prd,pdf->prf", *operands, preferred_element_type=dtype)
+        y = sum(parts[1:], start=parts[0])  # not a reduction, for which XLA would call a library and wait
     else:
         y = jnp.matmul(rows, matrix, preferred_element_type=dtype)
     return y.reshape(*x.shape[:-1], *weights.shape[1:])
