@@ -14,8 +14,11 @@ from moe_jax.analysis import join_traces, save_trace, summarise_routing, trace_r
 from moe_jax.losses import cross_entropy
 from moe_jax.models.decoder import Decoder
 from moe_jax.models.description import describe_model
-from moe_jax.report import write_report
-from moe_jax.runs import write_json
+from moe_jax.report.album import Album
+from moe_jax.report.contents import RunContents
+from moe_jax.report.page import Section, page, paragraph, settings
+from moe_jax.report.sections_routing import routing_section
+from moe_jax.runs import write_atomic, write_json
 
 WINDOW, BATCH = 256, 4  # tokens of a window, windows routed at once
 MOST_TOKENS = 65_536  # of a text; what lies behind is left out
@@ -62,14 +65,15 @@ def report_text_routing(model: Decoder, texts: Mapping[str, Sequence[int]], out:
     trace = join_traces(traces)
     save_trace(out / "traces" / "routing.npz", trace)
     scored = np.concatenate(losses)[mask[:, 1:] & mask[:, :-1]]
-    results: dict[str, Any] = {
-        "title": f"How {name} routes",
-        "summary": [f"{int(mask.sum()):,} tokens in windows of {WINDOW}; {scored.mean():.3f} nats per token."],
-        "model": describe_model(model.config),
-        "routing": summarise_routing(trace),
-    }
-    write_json(out / "results.json", results)
-    return write_report(out)
+    summary = {"nats_per_token": float(scored.mean()), "routing": summarise_routing(trace)}
+    write_json(out / "results.json", summary)
+    run = RunContents(name, {}, {}, {}, summary, {}, trace, None)
+    tokens_of = f"{int(mask.sum()):,} tokens of {', '.join(texts)}"
+    sentence = f"{tokens_of}, in windows of {WINDOW}; {scored.mean():.3f} nats a token."
+    model_section = Section("Model", paragraph(sentence) + settings(describe_model(model.config)))
+    path = out / "report.html"
+    write_atomic(path, page(f"How {name} routes", "moe_jax", [model_section, routing_section(run, Album(out))]))
+    return path
 
 
 @jax.jit
