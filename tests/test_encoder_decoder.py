@@ -1,7 +1,6 @@
 """The encoder-decoder against a NumPy forward pass written from the papers, and its structural promises."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,82 +9,9 @@ import pytest
 from flax import nnx
 
 from moe_jax.models.encoder_decoder import EncoderDecoder
-from moe_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from moe_jax.nn.multi_head_attention import MultiHeadAttention
 from moe_jax.ops.relative_position import relative_position_buckets
-
-SWITCH = EncoderDecoderConfig(
-    vocab_size=23,
-    width=12,
-    encoder_heads=2,
-    decoder_heads=3,
-    head_width=5,
-    encoder_hidden=10,
-    decoder_hidden=14,
-    num_experts=4,
-    capacity=3,
-    capacity_unit="tokens",
-    relative_buckets=8,
-    relative_distance=10,
-)
-NLLB = EncoderDecoderConfig(
-    vocab_size=23,
-    width=12,
-    encoder_layers=("moe", "dense"),
-    encoder_heads=2,
-    decoder_heads=3,
-    encoder_hidden=10,
-    decoder_hidden=14,
-    expert_settings={"activation": "relu", "use_bias": True},
-    num_experts=4,
-    num_choices=2,
-    rule="gshard_top_2",
-    rule_settings={"second_policy": "all", "redistribute": True, "scale": 0.8},
-    capacity=0.4,
-    capacity_unit="share",
-    capacity_per_sequence=True,
-    norm="layer",
-    positions="sinusoidal",
-    attention_bias=True,
-    scale_attention=True,
-    scale_embedding=True,
-    scale_logits=False,
-    tie_embeddings=False,
-    pad_id=1,
-    start_id=2,
-    stop_ids=(2,),
-)
-STYLES = {"switch": SWITCH, "nllb": NLLB}
-
-
-@functools.cache
-def make(config, weight_noise=0.2):
-    """A model none of whose parameters is at its start."""
-    model = EncoderDecoder(config, key=jax.random.key(0))
-    params, rng = nnx.state(model, nnx.Param), np.random.default_rng(0)
-
-    def disturb(x):
-        return x + (weight_noise if x.ndim > 1 else 0.2) * rng.normal(size=x.shape).astype(np.float32)
-
-    nnx.update(model, jax.tree.map(disturb, params))
-    return model
-
-
-def dropless(config):
-    return dataclasses.replace(config, capacity=None)
-
-
-def tokens_of(batch, length, seed=1):
-    return jax.random.randint(jax.random.key(seed), (batch, length), 3, 23)
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "trace"))
-def run(graphdef, state, *args, trace, key):
-    return nnx.merge(graphdef, state)(*args, trace=trace, key=key)
-
-
-def apply(model, *args, trace="stats", key=None):
-    return run(*nnx.split(model), *args, trace=trace, key=key)
+from tests.tiny_encoder_decoder import NLLB, STYLES, SWITCH, apply, dropless, make, run, tokens_of
 
 
 def leaf(param):
@@ -162,7 +88,7 @@ def numpy_model(model, source, target):
         normed = numpy_norm(block.feed_forward_norm, x)
         if not hasattr(block.feed_forward, "router"):
             return x + numpy_network(block.feed_forward.experts, 0, normed)
-        capacity = 3 if config.capacity_unit == "tokens" else int(np.ceil(0.4 * len(x)))
+        capacity = 2 if config.capacity_unit == "tokens" else int(np.ceil(0.4 * len(x)))
         return x + numpy_moe(block.feed_forward, normed, config, capacity)
 
     x = embed(model.embedding, source)
@@ -315,10 +241,13 @@ def test_attention_by_hand():
         ({"encoder_layers": ()}, "must be tuples of 'dense' and 'moe'"),
         ({"decoder_layers": ("sparse",)}, "must be tuples of 'dense' and 'moe'"),
         ({"head_width": None, "encoder_heads": 5}, "width=12 must be a multiple of encoder_heads=5"),
+        ({"width": 0}, "width=0 must be a positive number"),
+        ({"decoder_heads": -1}, "decoder_heads=-1 must be a positive number"),
+        ({"relative_buckets": 2}, "num_buckets=2 must leave at least 2"),
         ({"norm": "batch"}, "unknown norm 'batch'; known: rms, layer"),
         ({"positions": "rotary"}, "unknown positions 'rotary'; known: relative, sinusoidal"),
         ({"positions": "sinusoidal", "width": 13}, "an even width of at least 4, got 13"),
-        ({"stop_ids": (1, 23)}, r"token ids \[23\] .* outside vocab_size=23"),
+        ({"stop_ids": (1, 23), "pad_id": -1}, r"token ids \[-1, 23\] .* outside vocab_size=23"),
         ({"rule": "expert_choice"}, "with dense decoder_layers, or take a causal rule"),
         ({"capacity": 0}, "capacity 0 of unit 'tokens' must be positive"),
         ({"capacity_unit": "litres"}, "one of balance, share, tokens"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.models.generate_target import generate_target, greedy
-from tests.test_encoder_decoder import NLLB, SWITCH, apply, dropless, make, tokens_of
+from tests.tiny_encoder_decoder import NLLB, SWITCH, apply, dropless, make, tokens_of
 
 TEXT = dataclasses.replace(SWITCH, tie_embeddings=False, scale_logits=False)
 SOURCES = tokens_of(3, 9)

@@ -26,7 +26,8 @@ def test_buckets_of_an_encoder_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("num_buckets", "max_distance", "is_bidirectional"), [(3, 9, True), (1, 9, False), (8, 4, False), (16, 4, True)]
+    ("num_buckets", "max_distance", "is_bidirectional"),
+    [(3, 9, True), (1, 9, False), (8, 4, False), (16, 4, True), (8, 2**40, True)],
 )
 def test_too_few_buckets_or_too_near_a_distance_are_refused(num_buckets, max_distance, is_bidirectional):
     with pytest.raises(ValueError, match=f"num_buckets={num_buckets} must leave .* max_distance={max_distance}"):

@@ -48,14 +48,10 @@ class EncoderDecoder(nnx.Module):
         self.config = config
         source_key, target_key, read_key, bias_key, encoder_key, decoder_key = jax.random.split(key, 6)
         shape, small = (config.vocab_size, config.width), config.width**-0.5
-        scale = small if config.scale_embedding else 1.0
+        scale, is_tied = small if config.scale_embedding else 1.0, config.tie_embeddings
         self.embedding = nnx.Param(jax.random.normal(source_key, shape) * scale)
-        target, read_out = (
-            jax.random.normal(target_key, shape) * scale,
-            jax.random.normal(read_key, shape[::-1]) * small,
-        )
-        self.target_embedding = None if config.tie_embeddings else nnx.Param(target)
-        self.read_out = None if config.tie_embeddings else nnx.Param(read_out)
+        self.target_embedding = None if is_tied else nnx.Param(jax.random.normal(target_key, shape) * scale)
+        self.read_out = None if is_tied else nnx.Param(jax.random.normal(read_key, shape[::-1]) * small)
         bias_keys = jax.random.split(bias_key)
         self.encoder_bias = init_relative_bias(config, config.encoder_heads, True, bias_keys[0])
         self.decoder_bias = init_relative_bias(config, config.decoder_heads, False, bias_keys[1])

@@ -13,6 +13,7 @@ from moe_jax.nn.moe import StatsLevel
 from moe_jax.nn.norms import NORMS
 from moe_jax.nn.routers import get_router
 from moe_jax.ops.capacity import Capacity, CapacityUnit
+from moe_jax.ops.relative_position import check_buckets
 from moe_jax.routing import check_rule, get_rule
 
 LayerKind = Literal["dense", "moe"]
@@ -108,7 +109,8 @@ class EncoderDecoderConfig:
             if not layers or set(layers) - {"dense", "moe"}:
                 raise ValueError(f"encoder_layers and decoder_layers must be tuples of 'dense' and 'moe', got {layers}")
         self._check_shapes()
-        if outside := [token for token in (self.pad_id, self.start_id, *self.stop_ids) if token >= self.vocab_size]:
+        ids = (self.pad_id, self.start_id, *self.stop_ids)
+        if outside := [token for token in ids if not 0 <= token < self.vocab_size]:
             raise ValueError(f"token ids {outside} of padding, start or stop are outside vocab_size={self.vocab_size}")
         get_expert_kind(self.expert, **self.expert_settings)  # an unknown one fails here
         init_router = get_router(self.router, **self.router_settings)
@@ -117,6 +119,10 @@ class EncoderDecoderConfig:
 
     def _check_shapes(self) -> None:
         """Refuses heads and positions that do not fit the width, and unknown names of norm and positions."""
+        sizes = ("vocab_size", "width", "encoder_heads", "decoder_heads", "encoder_hidden", "decoder_hidden")
+        for name in (*sizes, "num_experts", *(() if self.head_width is None else ("head_width",))):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be a positive number")
         if self.norm not in NORMS:
             raise ValueError(f"unknown norm {self.norm!r}; known: {', '.join(NORMS)}")
         if self.positions not in get_args(Positions):
@@ -128,6 +134,9 @@ class EncoderDecoderConfig:
             )
         if self.positions == "sinusoidal" and (self.width % 2 or self.width < 4):
             raise ValueError(f"sinusoidal positions need an even width of at least 4, got {self.width}")
+        if self.positions == "relative":
+            for is_bidirectional in (True, False):
+                check_buckets(self.relative_buckets, self.relative_distance, is_bidirectional)
 
     def _check_routing(self) -> None:
         """Refuses a rule that does not go with K and E, or not with a decoder, and a capacity of nothing."""

@@ -98,10 +98,9 @@ class DecoderBlock(nnx.Module):
           `[B, S, D]`, the cache with these tokens in it, and what the router did, None in a dense block.
         """
         normed = self.attention_norm(x)
-        keys, values = (
-            jax.lax.dynamic_update_slice_in_dim(kept, new, start, axis=1)
-            for kept, new in zip(cache[:2], self.attention.keys_and_values(normed), strict=True)
-        )
+        new_keys, new_values = self.attention.keys_and_values(normed)
+        keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, new_keys, start, axis=1)
+        values = jax.lax.dynamic_update_slice_in_dim(cache.values, new_values, start, axis=1)
         x = x + self.attention(normed, keys, values, mask, bias)
         cross_mask = None if source_mask is None else source_mask[:, None, None, :]
         x = x + self.cross_attention(self.cross_norm(x), cache.source_keys, cache.source_values, cross_mask)

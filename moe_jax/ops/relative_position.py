@@ -15,6 +15,22 @@ import numpy as np
 
 from moe_jax.types import Array
 
+_MOST_DISTANT = 2**20  # of what the table of buckets is made for
+
+
+def check_buckets(num_buckets: int, max_distance: int, is_bidirectional: bool) -> None:
+    """Refuses settings of `relative_position_buckets` that leave nothing to tell apart.
+
+    Raises:
+      ValueError: too few buckets, or a distance that exact buckets cover already, or above 2**20.
+    """
+    one_side = num_buckets // 2 if is_bidirectional else num_buckets
+    if one_side < 2 or not one_side // 2 < max_distance <= _MOST_DISTANT:
+        raise ValueError(
+            f"num_buckets={num_buckets} must leave at least 2 for each direction, and max_distance={max_distance} be "
+            f"more than the {one_side // 2} that have a bucket of their own, and at most {_MOST_DISTANT}"
+        )
+
 
 def relative_position_buckets(relative: Array, *, num_buckets: int, max_distance: int, is_bidirectional: bool) -> Array:
     """The bucket of each relative position.
@@ -29,14 +45,10 @@ def relative_position_buckets(relative: Array, *, num_buckets: int, max_distance
       `[...]` int32 in `[0, num_buckets)`.
 
     Raises:
-      ValueError: too few buckets, or a distance that exact buckets cover already.
+      ValueError: see `check_buckets`.
     """
+    check_buckets(num_buckets, max_distance, is_bidirectional)
     one_side = num_buckets // 2 if is_bidirectional else num_buckets
-    if one_side < 2 or max_distance <= one_side // 2:
-        raise ValueError(
-            f"num_buckets={num_buckets} must leave at least 2 for each direction, and max_distance={max_distance} be "
-            f"more than the {one_side // 2} that have a bucket of their own"
-        )
     distance = jnp.abs(relative) if is_bidirectional else jnp.maximum(-relative, 0)
     bucket = jnp.asarray(_bucket_table(one_side, max_distance))[jnp.minimum(distance, max_distance)]
     return bucket + one_side * (relative > 0) if is_bidirectional else bucket

@@ -99,7 +99,13 @@ def activation_name(ours: object) -> object:
 
 
 def layer_kinds(num_layers: int, is_sparse: Callable[[int, int], bool], step: int) -> tuple[LayerKind, ...]:
-    """The kinds of layers 0, 1, ..., from whether a layer is sparse at that step."""
+    """The kinds of layers 0, 1, ..., from whether a layer is sparse at that step.
+
+    Raises:
+      ValueError: a number of layers that cannot be meant.
+    """
+    if not 1 <= num_layers <= 10_000:
+        raise ValueError(f"a config of {num_layers} layers, expected 1 to 10,000")
     return tuple("moe" if is_sparse(index, step) else "dense" for index in range(num_layers))
 
 

@@ -3,8 +3,8 @@
 Facts of `transformers` that the config hides: a capacity is counted over the whole batch; in evaluation it is a share
 of the tokens, by default all of them, and not `expert_capacity`; gates of experts without room go to the token's other
 expert unless normalised before; outputs of experts are scaled by `1 - moe_token_dropout`; norms add 1e-5. Its releases
-5.0 to 5.23 at least send every token to experts 0 and 1, whatever the router says (`NllbMoeExperts.forward` takes the
-one-hot mask of first choices for expert ids); what is meant is what 4.x computed, and what is here.
+5.0 to 5.23 send every token to experts 0 and 1, whatever the router says: `NllbMoeExperts.forward` takes the one-hot
+mask of first choices for expert ids. What is meant is what 4.57 computes, and what is here.
 """
 
 from typing import Any
@@ -58,7 +58,7 @@ _ONLY = {
 _WITHOUT_EFFECT = (
     *("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop", "init_std"),
     *("router_z_loss_coef", "router_aux_loss_coef", "output_router_logits", "max_position_embeddings"),
-    *("num_hidden_layers", "add_final_layer_norm"),
+    *("num_hidden_layers", "router_type", "router_jitter_noise"),
 )
 
 
