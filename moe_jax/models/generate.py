@@ -39,8 +39,8 @@ class Chunk(NamedTuple):
     Attributes:
       tokens: new tokens of each sequence, none of a finished one.
       seconds: that it took until the tokens were on the host, compilation included if it was due.
-      expert_ids: for each sequence `[L, N, K]` int32, the choices for the N tokens read to make these: the prompt,
-        later the last new token of the chunk before and these but their last; None unless asked for.
+      expert_ids: for each sequence `[L, N, K]` int32, the choices for the N tokens read to make these: the prompt, then
+        the last new token of the chunk before and these but their last; None unless asked for.
     """
 
     tokens: list[list[int]]
