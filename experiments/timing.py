@@ -6,9 +6,10 @@ than either. A ratio is the median over repeats of (this function / baseline of 
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -77,6 +78,27 @@ def compile_cold_and_warm(function: Callable, *arguments: Any) -> tuple[Call, di
       A call that runs the program to its end, and `compile_cold_s`, `compile_warm_s` (tracing included), `first_run_ms`
       and `temp_mib` (peak memory for intermediate results, from the compiler).
     """
+    seconds = []
+    with empty_compilation_cache() as forget_programs:
+        for _ in range(2):
+            forget_programs()
+            start = time.perf_counter()
+            compiled = jax.jit(function).lower(*arguments).compile()
+            seconds.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    jax.block_until_ready(compiled(*arguments))
+    figures = {
+        "compile_cold_s": seconds[0],
+        "compile_warm_s": seconds[1],
+        "first_run_ms": 1e3 * (time.perf_counter() - start),
+        "temp_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20,
+    }
+    return lambda: jax.block_until_ready(compiled(*arguments)), figures
+
+
+@contextlib.contextmanager
+def empty_compilation_cache() -> Iterator[Callable[[], None]]:
+    """A persistent cache of its own, empty at first; gives a function that forgets what the process has compiled."""
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "jax_compilation_cache_dir": folder,
@@ -87,23 +109,14 @@ def compile_cold_and_warm(function: Callable, *arguments: Any) -> tuple[Call, di
         try:
             for name, value in settings.items():
                 jax.config.update(name, value)
-            seconds = []
-            for _ in range(2):
-                jax.clear_caches()
-                compilation_cache.reset_cache()
-                start = time.perf_counter()
-                compiled = jax.jit(function).lower(*arguments).compile()
-                seconds.append(time.perf_counter() - start)
+            yield _forget_programs
         finally:
             for name, value in before.items():
                 jax.config.update(name, value)
             compilation_cache.reset_cache()
-    start = time.perf_counter()
-    jax.block_until_ready(compiled(*arguments))
-    figures = {
-        "compile_cold_s": seconds[0],
-        "compile_warm_s": seconds[1],
-        "first_run_ms": 1e3 * (time.perf_counter() - start),
-        "temp_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20,
-    }
-    return lambda: jax.block_until_ready(compiled(*arguments)), figures
+
+
+def _forget_programs() -> None:
+    """What a new process would not know either."""
+    jax.clear_caches()
+    compilation_cache.reset_cache()

@@ -84,15 +84,18 @@ def prefill(
       with_routing: whether to keep the experts' ids.
     """
     stem, blocks = weights
+    rows = jnp.arange(len(prompts))
     token_mask = jnp.arange(prompts.shape[1])[None, :] < lengths[:, None]
+    fed, fed_mask = prompts, token_mask
     x, cache, chosen = stem.embed(prompts, token_mask), [], []
-    for block, topology in zip(blocks, _by_layer(stem, request.topology), strict=True):
+    for i, (block, topology) in enumerate(zip(blocks, _by_layer(stem, request.topology), strict=True)):
         x, kept = block.attend(x, token_mask, capacity)
         cache.append(kept.grow(capacity))
-        x, ids = _feed(block, x, token_mask, topology, request.token_groups, prompts)
+        if i == len(blocks) - 1 and not with_routing:  # what the last layer makes of other tokens is not asked for
+            x, fed, fed_mask = (part[rows, lengths - 1][:, None] for part in (x, fed, fed_mask))
+        x, ids = _feed(block, x, fed_mask, topology, request.token_groups, fed)
         chosen += [] if ids is None else [ids]
-    rows = jnp.arange(len(prompts))
-    logits = stem.logits(x[rows, lengths - 1][:, None])[:, 0]
+    logits = stem.logits(x[rows, lengths - 1][:, None] if with_routing else x)[:, 0]
     is_present, expert_ids = None, None
     if "repetition_penalty" in request.settings:
         seen = jnp.where(token_mask, prompts, stem.config.vocab_size)
