@@ -69,7 +69,7 @@ def test_the_map_shows_every_package_in_its_row():
 
 def test_modules_of_the_commands_exist_and_their_options_are_known():
     modules = {match[1] for command in COMMANDS if (match := re.search(r"python -m (experiments\.\w+)", command))}
-    assert len(modules) == 9
+    assert len(modules) == 10
     assert all((ROOT / f"{module.replace('.', '/')}.py").is_file() for module in modules)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "experiments.evolve_topology", "--help"]
