@@ -26,8 +26,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from experiments.text import read_text
 from experiments.timing import measure_interleaved, summarize
-from experiments.topology_model import model_state, read_text
+from experiments.topology_model import model_state
 from moe_jax.analysis import max_violation
 from moe_jax.data import DataConfig, pack, train_batches
 from moe_jax.models.config import DecoderConfig

@@ -1,8 +1,9 @@
 """Stages of `evolve_topology` around the model: text, training, recorded routing, healing."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,27 +11,18 @@ from flax import nnx
 from ml_collections import ConfigDict
 from rich.progress import Progress
 
+from experiments.text import read_text
 from moe_jax.analysis import RoutingTrace, save_trace, summarise_routing, trace_routing
-from moe_jax.checkpoints import CheckpointStore
-from moe_jax.data import (
-    DataConfig,
-    Document,
-    Sequences,
-    balanced_subset,
-    domain_names,
-    load_documents,
-    pack,
-    split_documents,
-    train_batches,
-)
+from moe_jax.data import DataConfig, Sequences, balanced_subset, pack, train_batches
 from moe_jax.models.config import DecoderConfig
 from moe_jax.models.decoder import Decoder
 from moe_jax.routing import full_topology
-from moe_jax.runs import ConfigError, MetricsWriter, RunFolder, read_json, section, write_json
+from moe_jax.runs import MetricsWriter, RunFolder, read_json, section, write_json
 from moe_jax.runs.bars import bar
 from moe_jax.training.evaluation import LOG2, make_evaluator
-from moe_jax.training.loop import TrainingConfig, train
+from moe_jax.training.loop import TrainingConfig
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
+from moe_jax.training.stage import train_stage
 from moe_jax.training.step import LossConfig, TrainState, init_state, make_train_step, merge_model
 from moe_jax.types import Topology
 
@@ -87,24 +79,8 @@ class Lab:
         return balanced_subset(sequences, min(per_domain, smallest), jax.random.fold_in(self.key, 2))
 
 
-def read_text(config: DataConfig) -> dict[str, tuple[Document, ...]]:
-    """The splits; what is wrong with the text or its settings is the user's to mend and becomes a ConfigError."""
-    try:
-        splits = split_documents(load_documents(config), config)
-    except ValueError as error:
-        raise ConfigError(f"config.data: {error}") from None
-    names = domain_names(splits["train"])
-    if config.domain_weights and len(config.domain_weights) != len(names):
-        raise ConfigError(
-            f"config.data.domain_weights has {len(config.domain_weights)} numbers for {len(names)} domains "
-            f"({', '.join(names)}); give one each, or none (--config.data.domain_weights=) for equal shares"
-        )
-    return splits
-
-
 def train_model(lab: Lab) -> TrainState:
     """Trains the model, or what is left of it, with a checkpoint and a held-out loss at every mark."""
-    total, every = lab.training.steps, lab.training.checkpoint_every
     evaluation = MetricsWriter(lab.run.path, "evaluate")
 
     def on_save(step: int, state: TrainState) -> None:
@@ -113,59 +89,46 @@ def train_model(lab: Lab) -> TrainState:
         evaluation.flush()
 
     with lab.timed("train"):
-        return _continue_training(lab, "train", lab.initial, total, every, lab.open_topology, evaluation, on_save)
+        return _train_stage(
+            lab,
+            "train",
+            lab.initial,
+            steps=lab.training.steps,
+            checkpoint_every=lab.training.checkpoint_every,
+            topology=lab.open_topology,
+            on_start=evaluation.truncate_after,
+            on_save=on_save,
+        )
 
 
 def heal(lab: Lab, role: str, state: TrainState, topology: Topology) -> TrainState:
     """A short continuation of training, optimizer state and schedule included, under a topology."""
-    steps = lab.training.steps + lab.training.heal_steps
+    steps = lab.training.heal_steps
     with lab.timed("heal"):
-        return _continue_training(lab, f"heal/{role}", state, steps, lab.training.heal_steps, topology)
+        return _train_stage(
+            lab,
+            f"heal/{role}",
+            state,
+            steps=lab.training.steps + steps,
+            checkpoint_every=steps,
+            topology=topology,
+        )
 
 
-def _continue_training(
-    lab: Lab,
-    stage: str,
-    initial: TrainState,
-    steps: int,
-    checkpoint_every: int,
-    topology: Topology,
-    evaluation: MetricsWriter | None = None,
-    on_save: Callable[[int, TrainState], None] = lambda step, state: None,
-) -> TrainState:
-    """Trains until step `steps`, from the newest checkpoint of the stage or from `initial`."""
-    writer = MetricsWriter(lab.run.path, stage)
-    # Written before `save` returns, since `status.json` then names it as the last good checkpoint.
-    with CheckpointStore(lab.run.subfolder("checkpoints", *stage.split("/")), is_async=False) as store:
-        last = store.latest_step()
-        state = jax.tree.map(np.array, initial) if last is None else store.restore(last, initial)
-        for metrics in filter(None, (writer, evaluation)):
-            metrics.truncate_after(int(state.step))
-        batches = train_batches(lab.splits["train"], lab.data, jax.random.fold_in(lab.key, 1), int(state.step), steps)
-        if int(state.step) == steps:
-            return state
-        with bar(lab.display, stage, steps, int(state.step)) as progress:
-
-            def record(step: int, values: dict[str, np.ndarray]) -> None:
-                writer.append(step, values)
-                progress.show(step, f"{values['cross_entropy'] / LOG2:.2f} bits/byte")
-
-            def save(step: int, state: TrainState) -> None:
-                writer.flush()
-                on_save(step, state)
-                store.save(step, state)
-                lab.run.report_progress(stage, step, store.path(step))
-
-            return train(
-                state,
-                lab.step,
-                batches,
-                checkpoint_every=checkpoint_every,
-                save=save,
-                record=record,
-                topology=topology,
-                last_saved=last,
-            )
+def _train_stage(lab: Lab, stage: str, initial: TrainState, *, steps: int, **options: Any) -> TrainState:
+    """Trains until step `steps` on the training split."""
+    key = jax.random.fold_in(lab.key, 1)
+    return train_stage(
+        lab.run,
+        lab.display,
+        stage,
+        initial,
+        lab.step,
+        lambda start: train_batches(lab.splits["train"], lab.data, key, start, steps),
+        steps=steps,
+        note=lambda values: f"{values['cross_entropy'] / LOG2:.2f} bits/byte",
+        **options,
+    )
 
 
 def record_routing(lab: Lab, state: TrainState) -> dict:

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from experiments.topology_model import read_text
+from experiments.text import read_text
 from moe_jax.checkpoints.model_folder import find_model, load_model, save_model
 from moe_jax.data import DataConfig, fetch_smollm2, find_tokenizer, pack, tokenize, train_batches
 from moe_jax.models.config import DecoderConfig
