@@ -1,9 +1,11 @@
-"""Draws the two pictures of README.md from a finished run of the main job.
+"""Draws pictures of README.md: two of a finished run of the main job, or one of how a model routes texts.
 
     python -m experiments.readme_pictures RUN
     python -m experiments.readme_pictures RUN --out experiments/results
+    python -m experiments.readme_pictures runs/upcycle/NAME/routing/MIXTURE
 
-Writes `evolve_topology_front.png` and `evolve_topology_masks.png`, and prints what their captions need.
+Writes `evolve_topology_front.png` and `evolve_topology_masks.png`, and prints what their captions need; of a routing
+report, also one of `moe-jax inspect --text`, it writes `routing_specialisation.png`.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.topology_search import FRONTS
-from moe_jax.report.pictures import plot_front, plot_masks
+from moe_jax.report.pictures import plot_front, plot_masks, plot_specialisation
 from moe_jax.runs import read_json, read_progress
 
 RESULTS = Path(__file__).parent / "results"
@@ -23,22 +25,35 @@ RESULTS = Path(__file__).parent / "results"
 def main(argv: list[str] | None = None) -> None:
     """Reads the command line, writes the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run of experiments.evolve_topology")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run, or of a routing report")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where the pictures go")
     arguments = parser.parse_args(argv)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    results = read_json(arguments.run / "results.json")
+    if "search" not in results:
+        save(draw_specialisation(results["routing"]), arguments.out / "routing_specialisation.png")
+        return
     status = read_progress(arguments.run).status
     if status != "finished":
         parser.error(f"{arguments.run} is {status}, not finished; continue it with --workdir {arguments.run} --resume")
-    search = read_json(arguments.run / "results.json")["search"]
+    search = results["search"]
     with np.load(arguments.run / "traces" / "topologies.npz", allow_pickle=False) as topologies:
         masks = draw_masks(search, topologies["names"], topologies["keep"], topologies["num_choices"])
-    arguments.out.mkdir(parents=True, exist_ok=True)
     for name, figure in (("front", draw_front(search)), ("masks", masks)):
-        path = arguments.out / f"evolve_topology_{name}.png"
-        # A figure has no background of its own, and its dark ink would vanish in a reader's dark theme.
-        figure.savefig(path, dpi=160, facecolor="white")
-        print(path)
+        save(figure, arguments.out / f"evolve_topology_{name}.png")
     print(caption(search, read_json(arguments.run / "environment.json"), arguments.run))
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure, whose dark ink would vanish in a reader's dark theme without a background of its own."""
+    figure.savefig(path, dpi=160, facecolor="white")
+    print(path)
+
+
+def draw_specialisation(routing: dict[str, Any]) -> Figure:
+    """Which experts serve which domain, of `results["routing"]` as `moe_jax.report` defines it."""
+    domain_load = [layer["domain_load"] for layer in routing["layers"]]
+    return plot_specialisation(np.array(domain_load, float), routing["domains"], num_choices=routing["num_choices"])
 
 
 def draw_front(search: dict[str, Any]) -> Figure:

@@ -126,7 +126,7 @@ def _specialisation(summary: dict[str, Any], album: Album) -> str:
     found = [int((test["p_value"] <= _SIGNIFICANT).sum()) for test in tests.values()]
     markup = "<h3>Specialisation</h3>" + paragraph(
         f"Experts tell domains apart beyond shuffled documents in {found[0]} of {num_layers} layers; beyond what the "
-        f"byte alone explains, in {found[1]} of {num_layers} (p ≤ {_SIGNIFICANT}, layer by layer)."
+        f"token alone explains, in {found[1]} of {num_layers} (p ≤ {_SIGNIFICANT}, layer by layer)."
     )
     markup += album.add(
         "specialisation",
@@ -139,7 +139,7 @@ def _specialisation(summary: dict[str, Any], album: Album) -> str:
         "information",
         plot_domain_information(plain, tests["domain_information_given_token"]),
         f"Mutual information of expert and domain (dots) beside {summary['num_shuffles']} shuffles (bars with their "
-        "mean): left, domain labels shuffled over documents; right, given the byte, shuffled within each byte.",
+        "mean): left, domain labels shuffled over documents; right, given the token, shuffled within each token.",
     )
     rows = []
     for layer in layers:
@@ -155,7 +155,7 @@ def _specialisation(summary: dict[str, Any], album: Album) -> str:
                 given["p_value"],
             ]
         )
-    columns = ["", "MI, nats", "shuffled", "p", "MI given byte, nats", "shuffled within byte", "p "]
+    columns = ["", "MI, nats", "shuffled", "p", "MI given token, nats", "shuffled within token", "p "]
     return markup + table(columns, rows)
 
 

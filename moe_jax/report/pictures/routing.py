@@ -157,18 +157,18 @@ def plot_specialisation(domain_load: ArrayLike, domains: Sequence[str], *, num_c
 def plot_domain_information(
     plain: Mapping[str, ArrayLike], given_token: Mapping[str, ArrayLike] | None = None
 ) -> Figure:
-    """Draws MI(expert; domain) per layer beside its shuffled control, and the same when the byte is known.
+    """Draws MI(expert; domain) per layer beside its shuffled control, and the same when the token is known.
 
     Args:
       plain: `information`, `null_mean`, `null_low`, `null_high`, `p_value`, each `[L]`, nats.
-      given_token: the same for MI(expert; domain | byte).
+      given_token: the same for MI(expert; domain | token).
 
     Returns:
       The figure.
     """
     tests = [("What the expert tells about the domain", plain)]
     if given_token is not None:
-        tests.append(("… when the byte is already known", given_token))
+        tests.append(("… when the token is already known", given_token))
     num_layers = len(np.asarray(plain["information"]))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 1.15 + 0.3 * num_layers), layout="constrained")
