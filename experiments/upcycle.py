@@ -179,7 +179,7 @@ def print_table(console: Console, results: dict[str, Any]) -> None:
     title = f"Test split; the parent has {results['parent_bits_per_byte']:.3f} bits per byte"
     table = Table(title=title, title_justify="left", box=SIMPLE)
     table.add_column("model", no_wrap=True)
-    columns = ("steps", "MFLOP a token", "parameters", "KL at step 0", "bits/byte", "vs continued dense [95 %]")
+    columns = ("steps", "MFLOP a token", "parameters", "KL at step 0", "bits/byte", "vs dense [95 %]")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for row in results["rows"]:

@@ -24,6 +24,8 @@ VARIANTS = {
     "half turned": {"rotary_settings": {"share": 0.5, "base": 100.0}},
     "yarn": {"rotary": "yarn", "rotary_settings": {"factor": 4.0, "original_length": 4}},
     "window": {"windows": (3,)},
+    "relative bias": {"attention_settings": {"bias_buckets": 4, "bias_distance": 6}},
+    "GLaM": {"turns": (False,), "attention_settings": {"bias_buckets": 4, "bias_distance": 6, "use_sinks": True}},
     "chunk": {"chunks": (3,)},
     "Llama 4, turning": {"turns": (True,), "attention_settings": {"qk_norm": "l2", "far_scale": 0.1, "far_length": 2}},
     "Llama 4, not": {"turns": (False,), "attention_settings": {"qk_norm": "l2", "far_scale": 0.1, "far_length": 2}},
@@ -77,12 +79,17 @@ def test_attend_equals_a_loop(rng):
     shape = {"query": (2, 5, 4, 6), "key": (2, 5, 2, 6), "value": (2, 5, 2, 3)}
     query, key, value = (rng.normal(size=size).astype(np.float32) for size in shape.values())
     sinks, is_visible = rng.normal(size=4).astype(np.float32), rng.random((2, 1, 5, 5)) < 0.7
+    bias = rng.normal(size=(1, 4, 5, 5)).astype(np.float32)
     got = attend(
-        *map(jnp.asarray, (query, key, value, is_visible)), is_causal=True, scale=0.7, sinks=jnp.asarray(sinks)
+        *map(jnp.asarray, (query, key, value, is_visible)),
+        is_causal=True,
+        scale=0.7,
+        bias=jnp.asarray(bias),
+        sinks=jnp.asarray(sinks),
     )
     for b, i, h in np.ndindex(2, 5, 4):
         seen = [j for j in range(i + 1) if is_visible[b, 0, i, j]]
-        weights = np.exp([0.7 * query[b, i, h] @ key[b, j, h // 2] for j in seen])
+        weights = np.exp([0.7 * query[b, i, h] @ key[b, j, h // 2] + bias[0, h, i, j] for j in seen])
         total = weights.sum() + np.exp(sinks[h])
         expected = sum((w / total * value[b, j, h // 2] for w, j in zip(weights, seen, strict=True)), np.zeros(3))
         if seen:

@@ -43,11 +43,12 @@ def init_block(config: DecoderConfig, kind: LayerKind, pattern: Array | None, ke
 
 def _init_network(config: DecoderConfig, hidden: int, scale: float, key: Array, is_gated: bool = False) -> FeedForward:
     """A network that every token passes."""
+    kind, settings = config.dense_network
     return FeedForward(
         config.width,
         hidden,
-        kind=config.expert,
-        settings=config.dense_settings or config.expert_settings,
+        kind=kind,
+        settings=settings,
         is_gated=is_gated,
         output_scale=scale,
         key=key,

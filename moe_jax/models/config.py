@@ -52,9 +52,10 @@ class DecoderConfig:
       dense_hidden: hidden width of a dense layer's feed-forward.
       num_experts: E of every MoE layer.
       expert_hidden: F, the hidden width of one expert.
-      expert: the kind of network of experts, shared experts and dense layers, a name in `nn.experts.EXPERTS`.
+      expert: the kind of network of experts, a name in `nn.experts.EXPERTS`.
       expert_settings: settings of the kind, such as `{"use_bias": True}`.
-      dense_settings: settings of the kind in shared experts and dense layers; empty for those of the experts.
+      dense_expert: the kind of network of shared experts and dense layers; empty for that of the experts.
+      dense_settings: settings of that kind; empty for those of the experts if they are of the same kind.
       expert_hidden_sizes: hidden width of each of the E experts, at most `expert_hidden`; empty for all alike.
       shared_hidden: hidden width of the shared experts together, which every token passes; 0 for none.
       shared_gate: whether their output is gated.
@@ -104,6 +105,7 @@ class DecoderConfig:
     expert_hidden: int = 48
     expert: str = "swiglu"
     expert_settings: Mapping[str, Setting] = FrozenDict()
+    dense_expert: str = ""
     dense_settings: Mapping[str, Setting] = FrozenDict()
     expert_hidden_sizes: tuple[int, ...] = ()
     shared_hidden: int = 0
@@ -139,8 +141,8 @@ class DecoderConfig:
         self._check_attention()
         if self.norm not in NORMS:
             raise ValueError(f"unknown norm {self.norm!r}; known: {', '.join(NORMS)}")
-        for settings in (self.expert_settings, self.dense_settings):
-            get_expert_kind(self.expert, **settings)  # an unknown one fails here
+        get_expert_kind(self.expert, **self.expert_settings)  # an unknown one fails here
+        get_expert_kind(self.dense_network[0], **self.dense_network[1])
         if self.shared_gate and not self.shared_hidden:
             raise ValueError("shared_gate=True has nothing to gate: give shared_hidden, the shared experts' width")
         init_router = make_router(self)
@@ -203,6 +205,13 @@ class DecoderConfig:
                 f"zero_compute={self.zero_compute} and gates_on_input={self.gates_on_input} at their defaults"
             )
         return False
+
+    @property
+    def dense_network(self) -> tuple[str, Mapping[str, Setting]]:
+        """Kind and settings of the network of shared experts and dense layers."""
+        if self.dense_expert in ("", self.expert):
+            return self.expert, self.dense_settings or self.expert_settings
+        return self.dense_expert, self.dense_settings
 
     @property
     def is_soft(self) -> bool:

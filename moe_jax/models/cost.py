@@ -275,7 +275,7 @@ def _layer_cost(
 ) -> LayerCost:
     """Sorts a layer's parameters into parts; what is neither attention, router nor experts is passed by every token."""
     norms = dict(params)
-    attention, feed_forward = norms.pop("attention"), dict(norms.pop("feed_forward"))
+    attention, feed_forward = dict(norms.pop("attention")), dict(norms.pop("feed_forward"))
     router = part_cost(feed_forward.pop("router", {}))
     if is_soft:  # mixing a token into all slots, and all slots into the token, costs what its logits cost
         router = Part(router.parameters, 3 * router.flops)
@@ -283,13 +283,15 @@ def _layer_cost(
     num_experts = jax.tree.leaves(experts)[0].shape[0] if experts else 0
     stack = part_cost({"experts": experts})
     num_heads, value_width, _ = attention["out"].shape
+    relative_bias = count_parameters(attention.pop("relative_bias", {}))
+    matrices = part_cost(attention)
     if "qkv" in attention:
         key_width, cached_numbers = value_width, (attention["qkv"].shape[1] - num_heads) * value_width
     else:  # latent attention, which keeps the latent and the shared turned key
         key_width, cached_numbers = attention["query"].shape[-1], attention["down"].shape[-1]
     return LayerCost(
         kind=kind,
-        attention=part_cost(attention),
+        attention=matrices._replace(parameters=matrices.parameters + relative_bias),
         mixing_flops=num_heads * (key_width + value_width) * twice_mean_keys,
         norms=part_cost(norms),
         router=router,

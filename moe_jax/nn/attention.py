@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.nn.expert_stack import Setting
+from moe_jax.nn.relative_bias import RelativeBias
 from moe_jax.ops.attention import attend, attention_weights, visible_keys
 from moe_jax.ops.linear import linear
 from moe_jax.ops.norms import rms_norm
@@ -80,6 +81,8 @@ class Attention(nnx.Module):
         scale: float = 0.0,
         far_scale: float = 0.0,
         far_length: int = 8192,
+        bias_buckets: int = 0,
+        bias_distance: int = 128,
         output_scale: float = 1.0,
         key: Array,
     ):
@@ -104,6 +107,8 @@ class Attention(nnx.Module):
           far_scale: c; layers that do not turn scale the query at position p by `c ln(1 + floor((p + 1) / far_length))
             + 1` (Llama 4, from 2501.19399); 0 for not.
           far_length: see `far_scale`.
+          bias_buckets: rows of a relative position bias of this layer's own (`nn.relative_bias`); 0 for none.
+          bias_distance: from which on all share its last bucket.
           output_scale: factor on the output projection.
           key: consumed.
 
@@ -129,6 +134,12 @@ class Attention(nnx.Module):
         self.query_norm = None if query_norm is None else nnx.Param(jnp.ones(query_norm))
         self.key_norm = None if key_norm is None else nnx.Param(jnp.ones(key_norm))
         self.pattern = None if pattern is None else LayerPattern(pattern)
+        bias_key = jax.random.fold_in(key, 2)
+        self.relative_bias = (
+            RelativeBias(bias_buckets, bias_distance, num_heads, is_bidirectional=False, key=bias_key)
+            if bias_buckets
+            else None
+        )
 
     def __call__(self, x: Array, token_mask: Array | None = None, length: int | None = None) -> tuple[Array, KeyValues]:
         """Attends within each sequence.
@@ -147,8 +158,10 @@ class Attention(nnx.Module):
         if self.pattern is not None:
             seen = visible_keys(positions[None], positions, *self._limits())
             is_visible = seen if is_visible is None else seen & is_visible
+        bias = None if self.relative_bias is None else self.relative_bias(positions, positions)
+        is_causal = self.pattern is None
         mixed = attend(
-            query, key, value, is_visible, is_causal=self.pattern is None, scale=self.scale, sinks=self._sinks()
+            query, key, value, is_visible, is_causal=is_causal, scale=self.scale, bias=bias, sinks=self._sinks()
         )
         kept = KeyValues(jnp.einsum("bshk->bhks", key), jnp.einsum("bshk->bhsk", value))
         return self._leave(mixed), kept
@@ -172,7 +185,11 @@ class Attention(nnx.Module):
         scores = jnp.einsum("bhgk,bhks->bhgs", grouped, cache.keys, preferred_element_type=jnp.float32)
         scores *= head_width**-0.5 if self.scale is None else self.scale
         is_visible = visible_keys(positions[:, None], jnp.arange(capacity), *self._limits())
-        weights = attention_weights(scores.reshape(len(x), -1, 1, capacity), is_visible, self._sinks())
+        by_head = scores.reshape(len(x), -1, 1, capacity)
+        if self.relative_bias is not None:
+            bias = self.relative_bias(positions, jnp.arange(capacity))
+            by_head += bias.transpose(2, 1, 0, 3)  # (1, H, B, C) -> (B, H, 1, C)
+        weights = attention_weights(by_head, is_visible, self._sinks())
         weights = weights.reshape(scores.shape).astype(value.dtype)
         mixed = jnp.einsum("bhgs,bhsk->bhgk", weights, cache.values)
         return self._leave(mixed.reshape(query.shape)), cache

@@ -14,6 +14,7 @@ def attend(
     *,
     is_causal: bool = False,
     scale: float | None = None,
+    bias: Array | None = None,
     sinks: Array | None = None,
 ) -> Array:
     """Softmax attention; H query heads share the key and value heads in equal runs (2305.13245).
@@ -25,18 +26,21 @@ def attend(
       is_visible: bool that broadcasts to `[B, H, Sq, Sk]`; None means that all is seen.
       is_causal: whether query i sees keys up to i only, besides.
       scale: factor on the scores; None for `Dh ** -0.5`.
+      bias: float32, added to the scores, `[1, H, Sq, Sk]`.
       sinks: `[H]` logit of a key that has no value, which may take attention from all others (gpt-oss, 2508.10925).
 
     Returns:
       `[B, Sq, H, Dv]` in the queries' dtype; the softmax is float32. A query that sees nothing gets something finite.
     """
     if sinks is None and value.shape[-1] == key.shape[-1]:
-        return jax.nn.dot_product_attention(query, key, value, mask=is_visible, is_causal=is_causal, scale=scale)
+        return jax.nn.dot_product_attention(query, key, value, bias, is_visible, is_causal=is_causal, scale=scale)
     batch, num_queries, num_heads, width = query.shape
     num_keys, num_kv_heads = key.shape[1:3]
     grouped = query.reshape(batch, num_queries, num_kv_heads, num_heads // num_kv_heads, width)
     scores = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, key, preferred_element_type=jnp.float32)
     scores = (scores * (width**-0.5 if scale is None else scale)).reshape(batch, num_heads, num_queries, num_keys)
+    if bias is not None:
+        scores += bias
     if is_causal:
         is_past = jnp.tril(jnp.ones((num_queries, num_keys), bool))[None, None]
         is_visible = is_past if is_visible is None else is_past & is_visible
