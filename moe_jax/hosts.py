@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import socket
@@ -79,10 +80,14 @@ def initialize_hosts(hosts: str, timeout: float = 300.0) -> None:
       HostsError: if they do not come in time, disagree about their number, or two have one index.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    limits = {"initialization_timeout": int(timeout), "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
+    join = functools.partial(
+        jax.distributed.initialize,
+        initialization_timeout=int(timeout),
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    )
     if hosts == "auto":
         try:
-            jax.distributed.initialize(**limits)
+            join()
         except (ValueError, RuntimeError) as error:
             raise HostsError(f"--hosts=auto found no cluster ({error}); name the hosts: {_SYNTAX}") from error
         return
@@ -92,9 +97,7 @@ def initialize_hosts(hosts: str, timeout: float = 300.0) -> None:
         _receive_guests(place, deadline)
     else:
         _greet_first_host(place, deadline)
-    jax.distributed.initialize(
-        f"{place.address}:{place.port}", place.count, place.index, cluster_detection_method="deactivate", **limits
-    )
+    join(f"{place.address}:{place.port}", place.count, place.index, cluster_detection_method="deactivate")
 
 
 def is_first_host() -> bool:
@@ -170,7 +173,9 @@ def _listen(place: Place) -> socket.socket:
     try:
         return socket.create_server(("", place.port), family=family, dualstack_ipv6=is_dual)
     except OSError as error:
-        raise HostsError(f"host 0 cannot listen on port {place.port} ({error.strerror}); choose another port") from error
+        raise HostsError(
+            f"host 0 cannot listen on port {place.port} ({error.strerror}); choose another port"
+        ) from error
 
 
 def _admit(place: Place, guest: socket.socket, guests: dict[int, socket.socket]) -> str:

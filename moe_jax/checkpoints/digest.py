@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from moe_jax.types import Array
 
 
-def digest_arrays(arrays: Mapping[str, Array]) -> dict[str, str]:
+def digest_arrays(arrays: Mapping[str, Array | np.ndarray]) -> dict[str, str]:
     """Digests arrays where they lie. With several processes all must call it together.
 
     Args:
@@ -29,18 +29,16 @@ def digest_arrays(arrays: Mapping[str, Array]) -> dict[str, str]:
     Returns:
       name -> 16 hexadecimal digits, the same for the same bits on any mesh.
     """
-    sums = np.zeros(len(arrays), np.uint64)
-    for i, array in enumerate(arrays.values()):
-        for first, part in _parts(array):
-            sums[i] += _weighted_sum(part, first)
+    totals = [sum(_weighted_sum(part, first) for first, part in _parts(array)) % 2**64 for array in arrays.values()]
+    sums = np.array(totals, np.uint64)
     if jax.process_count() > 1:
         # JAX would cut 64-bit numbers in half.
         sums = multihost_utils.process_allgather(sums.view(np.uint32)).view(np.uint64).sum(0, dtype=np.uint64)
     return {name: f"{int(total):016x}" for name, total in zip(arrays, sums, strict=True)}
 
 
-def _parts(array: Array) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-    """What this process counts of an array, each element in one process: blocks with the index of their first element."""
+def _parts(array: Array | np.ndarray) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """The blocks of an array that this process counts, each with the index of its first element."""
     if isinstance(array, jax.Array):
         for shard in array.addressable_shards:
             if shard.replica_id == 0:
@@ -49,18 +47,18 @@ def _parts(array: Array) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
         yield (0,) * array.ndim, np.asarray(array)
 
 
-def _weighted_sum(part: np.ndarray, first: tuple[int, ...]) -> np.uint64:
+def _weighted_sum(part: np.ndarray, first: tuple[int, ...]) -> int:
     """The sum over a block of an array."""
     if not part.size:
-        return np.uint64(0)
-    block = np.ascontiguousarray(part).reshape(part.shape or (1,))
+        return 0
+    block = np.atleast_1d(np.ascontiguousarray(part))
     # A number of more than 32 bits counts as several words along the last axis.
     words = block.view(f"u{min(part.itemsize, 4)}")
     starts = list(first or (0,))
     starts[-1] *= words.shape[-1] // block.shape[-1]
     for axis in reversed(range(words.ndim)):
         words = np.einsum("...i,i->...", words, _factors(axis, starts[axis], words.shape[axis]), dtype=np.uint64)
-    return np.uint64(words)
+    return int(words)
 
 
 def _factors(axis: int, start: int, length: int) -> np.ndarray:
