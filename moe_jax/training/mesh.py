@@ -116,6 +116,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "expert")))
 
 
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return mesh.shape["data"] * mesh.shape["expert"]
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same array on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -198,10 +203,9 @@ def check_mesh(mesh: Mesh, model: DecoderConfig, batch_size: int, micro_batches:
       ConfigError: naming the two numbers that disagree and what to change.
     """
     data, expert, tensor = (mesh.shape[axis] for axis in AXES)
-    rows = data * expert
-    if batch_size % (rows * micro_batches):
+    step = batch_parts(mesh) * micro_batches
+    if batch_size % step:
         each = f" in each of loss.micro_batches={micro_batches}" if micro_batches > 1 else ""
-        step = rows * micro_batches
         below, above = batch_size // step * step, -(-batch_size // step) * step
         raise ConfigError(
             f"data.batch_size={batch_size} does not divide over mesh.data={data} x mesh.expert={expert} devices{each}; "
