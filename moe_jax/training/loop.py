@@ -6,8 +6,11 @@ from typing import Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from moe_jax.models.execution import Remat
 from moe_jax.runs import RunError
+from moe_jax.training.mesh import place_batch, replicated
 from moe_jax.training.step import TrainState, TrainStep
 from moe_jax.types import Topology
 
@@ -32,11 +35,14 @@ class TrainingConfig:
       steps: optimizer steps.
       checkpoint_every: steps between checkpoints, which are also the ends of the metrics' segments.
       heal_steps: further steps for a pruned topology, and for the untouched model beside it.
+      remat: what the backward pass computes once more instead of keeping it; see `models.execution.Execution`. Values
+        do not depend on it, memory and time do.
     """
 
     steps: int = 600
     checkpoint_every: int = 100
     heal_steps: int = 40
+    remat: Remat = "none"
 
     def __post_init__(self) -> None:
         """Refuses lengths that are not positive."""
@@ -59,6 +65,7 @@ def train(
     record: Callable[[int, dict[str, np.ndarray]], None],
     topology: Topology | None = None,
     last_saved: int | None = None,
+    mesh: Mesh | None = None,
 ) -> TrainState:
     """Runs one step per batch.
 
@@ -71,6 +78,7 @@ def train(
       record: `(step, metrics)`, steps counted from 1, every step, in order.
       topology: trained under, `keep [L, 1, E]`; None for everything open.
       last_saved: the checkpoint that `state` came from, for the error message.
+      mesh: over which batches are split; the state is placed on it already and stays where it lies. None for one device.
 
     Returns:
       The final state.
@@ -78,10 +86,14 @@ def train(
     Raises:
       NonFiniteError: loss or gradient norm is NaN or infinite; nothing of that step is saved.
     """
-    compiled = jax.jit(step, donate_argnums=0)
+    shardings = None if mesh is None else (jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh))
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=shardings)
     number = int(state.step)
     for batch in batches:
-        state, metrics = compiled(state, batch.tokens, batch.mask, topology)
+        tokens, mask = batch.tokens, batch.mask
+        if mesh is not None:
+            tokens, mask = place_batch(mesh, tokens), place_batch(mesh, mask)
+        state, metrics = compiled(state, tokens, mask, topology)
         number += 1
         values = jax.tree.map(np.asarray, jax.device_get(metrics))
         _require_finite(number, values, last_saved)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.progress import Progress
 
 from moe_jax.checkpoints import CheckpointStore
@@ -28,6 +29,7 @@ def train_stage(
     topology: Topology | None = None,
     on_start: Callable[[int], None] = lambda step: None,
     on_save: Callable[[int, TrainState], None] = lambda step, state: None,
+    mesh: Mesh | None = None,
 ) -> TrainState:
     """Trains until step `steps`, from the newest checkpoint of the stage or from `initial`.
 
@@ -35,7 +37,7 @@ def train_stage(
       run: the open run folder; the stage's metrics and checkpoints go there.
       display: where the bar is drawn.
       stage: its name, such as "train" or "heal/evolved".
-      initial: the state at the stage's first step.
+      initial: the state at the stage's first step; on a mesh its buffers are donated.
       step: from `make_train_step`.
       batches_from: from a step to the batches of that step and all later ones.
       steps: the last step's number.
@@ -44,6 +46,7 @@ def train_stage(
       topology: trained under; see `train`.
       on_start: called with the step that training starts after, so that other records can be cut there.
       on_save: called with step and state before a checkpoint is written.
+      mesh: where the state lies and over which batches are split; None for one device.
 
     Returns:
       The state at step `steps`.
@@ -52,7 +55,10 @@ def train_stage(
     # Written before `save` returns, since `status.json` then names it as the last good checkpoint.
     with CheckpointStore(run.subfolder("checkpoints", *stage.split("/")), is_async=False) as store:
         last = store.latest_step()
-        state = jax.tree.map(np.array, initial) if last is None else store.restore(last, initial)
+        if last is not None:
+            state = store.restore(last, initial)
+        else:
+            state = jax.tree.map(np.array, initial) if mesh is None else initial
         start = int(state.step)
         writer.truncate_after(start)
         on_start(start)
@@ -79,4 +85,5 @@ def train_stage(
                 record=record,
                 topology=topology,
                 last_saved=last,
+                mesh=mesh,
             )
