@@ -20,6 +20,7 @@ from rich.table import Table
 
 from experiments.text import read_text
 from moe_jax.data import DataConfig, pack, train_batches
+from moe_jax.hosts import is_first_host
 from moe_jax.models.config import DecoderConfig
 from moe_jax.models.decoder import Decoder
 from moe_jax.models.execution import Execution
@@ -61,9 +62,7 @@ def train_model(run: RunFolder, display: Progress) -> dict[str, Any]:
         for name in ("selection", "test")
     }
     optimizer = make_optimizer(section(OptimizerConfig, config.optimizer, "config.optimizer"), training.steps)
-    graphdef, initial = init_state(
-        lambda key: Decoder(model, key=key, execution=execution), init_key, optimizer, mesh
-    )
+    graphdef, initial = init_state(lambda key: Decoder(model, key=key, execution=execution), init_key, optimizer, mesh)
     evaluate = make_evaluator(nnx.graphdef(merge_model(graphdef, initial)), batch_size=32, mesh=mesh)
     evaluation = MetricsWriter(run.path, "evaluate")
 
@@ -88,6 +87,8 @@ def train_model(run: RunFolder, display: Progress) -> dict[str, Any]:
         on_start=evaluation.truncate_after,
         on_save=on_save,
         mesh=mesh,
+        keep_newest=training.keep_newest,
+        keep_every=training.keep_every,
     )
     bits = {split: bits_per_byte(held_out[split], *measure(split, state)) for split in held_out}
     return {
@@ -119,8 +120,9 @@ def main(command: Command) -> None:
             with progress_display() as display:
                 run.write_results(train_model(run, display))
         run.finish()
-        print_table(console, read_json(run.path / "results.json"))
-        console.print(f"report: {write_report(run.path)}", soft_wrap=True)
+        if is_first_host():
+            print_table(console, read_json(run.path / "results.json"))
+            console.print(f"report: {write_report(run.path)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -129,6 +129,11 @@ def gather_texts(text: str) -> list[str]:
     return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
 
 
+def any_host(is_so: bool) -> bool:
+    """Whether something is so on any host; all must call it. It takes a millisecond or two between machines."""
+    return is_so if num_hosts() == 1 else bool(np.any(multihost_utils.process_allgather(np.uint8(is_so))))
+
+
 def leave_hosts(code: int) -> NoReturn:
     """Ends this process after an error without waiting for the other hosts, which notice it and end too."""
     if is_first_host():

@@ -2,61 +2,62 @@
 
 Training ends its step, saves and leaves; the same command continues it. A second signal ends the process at once, and
 so does the first where there is nothing to save. With several hosts a signal to one of them stops all after the same
-step: JAX listens for SIGTERM there and lets the hosts agree (`multihost_utils.reached_preemption_sync_point`).
+step. (JAX has a service for that, but Orbax asks it too, from its background threads and with the numbers of old steps.)
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 
-from jax.experimental import multihost_utils
-
-from moe_jax.hosts import num_hosts
+from moe_jax.hosts import any_host
 
 # A scheduler's wish was granted; a shell expects 128 + the signal.
 EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
-Handler = Callable[[int, FrameType | None], None]
 
 
 class Stopped(SystemExit):
-    """The end of a program that was asked to stop, with its exit code: no error, so its run is "interrupted"."""
+    """The end of a program that was asked to stop: no error, so its run is "interrupted".
+
+    Attributes:
+      code: the exit code.
+    """
+
+    code: int
 
 
 class StopRequest:
-    """What signals have asked for since `listening` began."""
+    """Whether a signal has asked the program to stop since `listening` began.
+
+    Attributes:
+      is_granted: whether `is_due` has said so.
+      exit_code: of a program that stops for it.
+    """
 
     def __init__(self) -> None:
         """Begins without one."""
-        self._received: signal.Signals | None = None
+        self.is_granted = False
+        self.exit_code = 0
+        self._is_noted = False
 
-    def is_due(self, step: int) -> bool:
-        """Whether to stop after this step, the same on every host. All must ask after every step."""
-        if num_hosts() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._received is not None
+    def is_due(self) -> bool:
+        """Whether to stop after this step, the same on every host; all must ask after every step."""
+        self.is_granted = any_host(self._is_noted)
+        return self.is_granted
 
-    @property
-    def exit_code(self) -> int:
-        """Of a program that stops for it."""
-        return EXIT_CODES[self._received or signal.SIGTERM]
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = signal.Signals(number)
-        if num_hosts() > 1:
-            # Told as JAX listens for it; host 0 hears of it from there.
-            os.kill(os.getpid(), signal.SIGTERM)
+    def note(self, number: int) -> None:
+        """Takes down a signal."""
+        self._is_noted, self.exit_code = True, EXIT_CODES[signal.Signals(number)]
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[StopRequest]:
-    """While entered, the first signal is only noted, so that the program can stop between two steps."""
+    """While entered, a signal is only noted, so that the program can stop between two steps."""
     request = StopRequest()
-    with _handling(request._receive):
+    with _handling(EXIT_CODES, request.note):
         yield request
 
 
@@ -64,30 +65,29 @@ def listening() -> Iterator[StopRequest]:
 def leaving_at_once() -> Iterator[None]:
     """While entered, SIGTERM leaves by `Stopped` wherever the program is; Ctrl-C is KeyboardInterrupt as ever."""
 
-    def leave(number: int, frame: FrameType | None) -> None:
+    def leave(number: int) -> None:
         raise Stopped(EXIT_CODES[signal.SIGTERM])
 
-    with _handling(leave, (signal.SIGTERM,)):
+    with _handling([signal.SIGTERM], leave):
         yield
 
 
 @contextlib.contextmanager
-def _handling(handler: Handler, signals: tuple[signal.Signals, ...] = tuple(EXIT_CODES)) -> Iterator[None]:
-    """Handles the first of the signals; the next one ends the process. Only a main thread can."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _handling(signals: Iterable[signal.Signals], handler: Callable[[int], None]) -> Iterator[None]:
+    """Handles the first of the signals; the next one ends the process. Threads other than the main one cannot."""
 
-    def first(number: int, frame: FrameType | None) -> None:
-        for each in mine:
+    def receive(number: int, frame: FrameType | None) -> None:
+        for each in before:
             signal.signal(each, signal.SIG_DFL)
-        handler(number, frame)
+        handler(number)
 
-    # JAX has its own handler of SIGTERM where there are several hosts.
-    mine = [each for each in signals if num_hosts() == 1 or each != signal.SIGTERM]
-    before = {each: signal.signal(each, first) for each in mine}
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {each: signal.getsignal(each) for each in signals if is_main}
+    for each in before:
+        signal.signal(each, receive)
     try:
         yield
     finally:
         for each, old in before.items():
-            signal.signal(each, old)
+            # None is a handler that was not set from Python, such as JAX's.
+            signal.signal(each, signal.SIG_DFL if old is None else old)

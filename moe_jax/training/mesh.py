@@ -127,8 +127,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def place_batch(mesh: Mesh, rows: np.ndarray) -> jax.Array:
-    """Makes a global array of the rows that this process read: all of them if there is one process."""
-    return jax.make_array_from_process_local_data(batch_sharding(mesh), rows)
+    """Splits the rows of a global batch, which every process has, over the devices; each process places its own."""
+    return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), lambda index: rows[index])
 
 
 def state_shardings(abstract_state: ArrayTree, mesh: Mesh) -> ArrayTree:
