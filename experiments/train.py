@@ -5,6 +5,7 @@ Examples:
   python -m experiments.train --config.model.num_experts=32 --config.training.steps=2000
   python -m experiments.train --config.data.folders=mine=path/to/text --workdir runs/mine
   python -m experiments.train --workdir runs/mine --resume
+  python -m experiments.train --config configs/train_mesh.py
 """
 
 from typing import Any
@@ -19,14 +20,17 @@ from rich.table import Table
 
 from experiments.text import read_text
 from moe_jax.data import DataConfig, pack, train_batches
+from moe_jax.hosts import is_first_host
 from moe_jax.models.config import DecoderConfig
 from moe_jax.models.decoder import Decoder
+from moe_jax.models.execution import Execution
 from moe_jax.report import write_report
 from moe_jax.report.results import describe_data, describe_model
 from moe_jax.runs import Command, MetricsWriter, RunFolder, read_json, run_script, section
 from moe_jax.runs.bars import progress_display
 from moe_jax.training.evaluation import LOG2, bits_per_byte, make_evaluator
 from moe_jax.training.loop import TrainingConfig
+from moe_jax.training.mesh import MeshConfig, check_mesh, make_mesh
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.stage import train_stage
 from moe_jax.training.step import LossConfig, TrainState, init_state, make_train_step, merge_model
@@ -46,6 +50,11 @@ def train_model(run: RunFolder, display: Progress) -> dict[str, Any]:
     data = section(DataConfig, config.data, "config.data")
     model = section(DecoderConfig, config.model, "config.model")
     training = section(TrainingConfig, config.training, "config.training")
+    loss = section(LossConfig, config.loss, "config.loss")
+    devices = make_mesh(section(MeshConfig, config.get("mesh", {}), "config.mesh"))
+    check_mesh(devices, model, data.batch_size, loss.micro_batches)
+    mesh = None if devices.size == 1 else devices
+    execution = Execution(mesh, training.remat)
     init_key, batch_key, noise_key = jax.random.split(jax.random.key(config.seed), 3)
     splits = read_text(data)
     held_out = {
@@ -53,8 +62,8 @@ def train_model(run: RunFolder, display: Progress) -> dict[str, Any]:
         for name in ("selection", "test")
     }
     optimizer = make_optimizer(section(OptimizerConfig, config.optimizer, "config.optimizer"), training.steps)
-    graphdef, initial = init_state(lambda key: Decoder(model, key=key), init_key, optimizer)
-    evaluate = make_evaluator(nnx.graphdef(merge_model(graphdef, initial)), batch_size=32)
+    graphdef, initial = init_state(lambda key: Decoder(model, key=key, execution=execution), init_key, optimizer, mesh)
+    evaluate = make_evaluator(nnx.graphdef(merge_model(graphdef, initial)), batch_size=32, mesh=mesh)
     evaluation = MetricsWriter(run.path, "evaluate")
 
     def measure(split: str, state: TrainState) -> tuple[np.ndarray, np.ndarray]:
@@ -70,13 +79,16 @@ def train_model(run: RunFolder, display: Progress) -> dict[str, Any]:
         display,
         "train",
         initial,
-        make_train_step(graphdef, optimizer, section(LossConfig, config.loss, "config.loss"), noise_key),
+        make_train_step(graphdef, optimizer, loss, noise_key),
         lambda start: train_batches(splits["train"], data, batch_key, start, training.steps),
         steps=training.steps,
         checkpoint_every=training.checkpoint_every,
         note=lambda values: f"{values['cross_entropy'] / LOG2:.2f} bits/byte",
         on_start=evaluation.truncate_after,
         on_save=on_save,
+        mesh=mesh,
+        keep_newest=training.keep_newest,
+        keep_every=training.keep_every,
     )
     bits = {split: bits_per_byte(held_out[split], *measure(split, state)) for split in held_out}
     return {
@@ -108,8 +120,9 @@ def main(command: Command) -> None:
             with progress_display() as display:
                 run.write_results(train_model(run, display))
         run.finish()
-        print_table(console, read_json(run.path / "results.json"))
-        console.print(f"report: {write_report(run.path)}", soft_wrap=True)
+        if is_first_host():
+            print_table(console, read_json(run.path / "results.json"))
+            console.print(f"report: {write_report(run.path)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -211,11 +211,16 @@ class Expert(NamedTuple):
     rows `[N, D]` in expert order to `[N, D]`. It multiplies with `matmul(rows [N, D], weights [E, D, F])`, `[N, F]`;
     what is not a matrix, say a bias, it takes by `spread(values [E, ...])`, `[N, ...]`, the value of each row's expert.
     Backends made of grouped matmuls refuse an expert without it.
+
+    `split(params, parts)` cuts the network into `parts` whose outputs add up to its own: from the stacked parameters to
+    the same with leading `[E, parts]`, each part with its share of the hidden units. Only a network that is a sum over
+    hidden units has it; without it an expert is not split over devices.
     """
 
     inner: Callable[[ArrayTree, Array], ArrayTree]
     outer: Callable[[ArrayTree, ArrayTree], Array]
     grouped: Callable[[ArrayTree, Array, Callable, Callable], Array] | None = None
+    split: Callable[[ArrayTree, int], ArrayTree] | None = None
 
 
 # (tokens [T, D], plan, expert, stacked parameters with leading [E]) -> [T, D] (or D' of the expert), in tokens' dtype.

@@ -158,7 +158,7 @@ def test_damage_is_found_and_named(tmp_path):
         store.save(7, {"x": value})
     files = [path for path in (tmp_path / "7").rglob("*") if path.is_file()]
     data = max(files, key=lambda path: path.stat().st_size)
-    facts = next(path for path in files if path.parent.name == "facts" and "sha256" in path.read_text())
+    facts = next(path for path in files if path.parent.name == "facts" and "digest" in path.read_text())
     process = subprocess.Popen(
         [sys.executable, "-c", RESTORE, str(tmp_path)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},

@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent / "moe_jax"
 LAYERS = [
     {"types", "trees", "errors"},
-    {"ops"},
+    {"ops", "hosts"},
     {"routing", "dispatch", "losses"},
     {"nn"},
     {"models"},

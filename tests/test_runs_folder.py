@@ -64,7 +64,9 @@ def test_the_same_config_continues_and_another_is_refused(tmp_path, config):
     assert len(json.loads((tmp_path / "run" / "environment.json").read_text())["restarts"]) == 2
     other = config.copy_and_resolve_references()
     other.training.steps = 20
-    with pytest.raises(RunError, match=r"differs in: training\.steps\); give this one its own folder with --workdir"):
+    with pytest.raises(
+        RunError, match=r"training\.steps: 10 recorded, 20 now\); give this one its own folder with --workdir"
+    ):
         RunFolder(tmp_path / "run", other)
     with RunFolder(tmp_path / "run", config) as run:
         assert run.is_finished, "the refusal must have changed nothing and must have given back the lock"

@@ -15,6 +15,10 @@ backend can run, and R never needs more than T, whatever K is: evenly chosen, K 
 rows a token in place of 8.
 
 Rows move by gathers in both passes (`dispatch.rows`), so that moving them is deterministic.
+
+With a tensor axis the hidden units of each expert are split over it too: devices that differ only there send and receive
+the same rows, each computes the part of the outputs that its hidden units give, and the parts are added where the
+tokens live. What travels has names, `RECEIVED` and `RETURNED`, so that a rematerialisation policy can keep it.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -33,6 +38,8 @@ from moe_jax.dispatch.rows import combine_rows, take_token_rows
 from moe_jax.ops.capacity import drop_over_capacity, expert_capacity
 from moe_jax.ops.expert_order import rank_in_expert
 from moe_jax.types import Array, ArrayTree, DispatchFn, Expert, RoutingPlan
+
+RECEIVED, RETURNED = "dispatch_received", "dispatch_returned"
 
 
 class ExchangeCounts(NamedTuple):
@@ -73,6 +80,7 @@ class ExpertParallel:
         two experts of one shard. None means T, which never drops and moves as much as gathering all tokens would.
       capacity_factor: an expert takes `ceil(capacity_factor * N * T * K / E)` rows, at most N * T; 1.0 fits balanced
         experts. None means N * T, which never drops.
+      tensor_axis: name of the axis that splits each expert's hidden units; None for no such axis.
 
     Raises:
       ValueError: an axis that the mesh lacks, the same axis twice, axes of another type than Auto, a factor that is
@@ -85,10 +93,12 @@ class ExpertParallel:
     backend: DispatchFn = dispatch_blocked
     send_factor: float | None = None
     capacity_factor: float | None = None
+    tensor_axis: str | None = None
 
     def __post_init__(self) -> None:
         """Checks what does not depend on the arguments of a call."""
-        for axis in (self.data_axis, self.expert_axis):
+        axes = (self.data_axis, self.expert_axis, *([] if self.tensor_axis is None else [self.tensor_axis]))
+        for axis in axes:
             if axis not in self.mesh.shape:
                 raise ValueError(
                     f"the mesh has no axis {axis!r}; its axes: {', '.join(map(str, self.mesh.axis_names))}"
@@ -97,6 +107,8 @@ class ExpertParallel:
             raise ValueError(
                 f"data and expert axis must differ, both are {self.data_axis!r}; use a data axis of size 1"
             )
+        if self.tensor_axis in (self.data_axis, self.expert_axis):
+            raise ValueError(f"tensor_axis={self.tensor_axis!r} is another axis already; use None for no tensor axis")
         if any(kind != AxisType.Auto for kind in self.mesh.axis_types):
             raise ValueError(
                 f"the mesh's axes must be of type Auto, got {self.mesh.axis_types}; "
@@ -128,7 +140,8 @@ class ExpertParallel:
           `[T, D]` in the dtype of `tokens`, split over both axes, and the counts.
 
         Raises:
-          ValueError: T does not divide over both axes, or E over the expert axis.
+          ValueError: T does not divide over both axes, or E over the expert axis, or the expert is split over the
+            tensor axis and is not a sum over hidden units.
         """
         num_data, num_shards = self.mesh.shape[self.data_axis], self.mesh.shape[self.expert_axis]
         if tokens.shape[0] % (num_data * num_shards):
@@ -142,6 +155,14 @@ class ExpertParallel:
                 "use a smaller expert axis or append experts that no plan names"
             )
         by_token, by_expert = P((self.data_axis, self.expert_axis)), P(self.expert_axis)
+        if self.tensor_axis is not None:
+            if expert.split is None:
+                raise ValueError(
+                    "this expert is not a sum over hidden units (Expert.split), so it cannot be split over axis "
+                    f"{self.tensor_axis!r}; use tensor_axis=None"
+                )
+            params = expert.split(params, self.mesh.shape[self.tensor_axis])
+            by_expert = P(self.expert_axis, self.tensor_axis)
         # The check of varying axes wants every loop carry of the local backend, zeros included, to be declared as
         # varying, and so would tie the backends to meshes. Without it the transpose still sums the gradient of
         # parameters over the data axis (in their dtype), since their spec does not name that axis.
@@ -167,12 +188,16 @@ class ExpertParallel:
         room = _rows_for(num_tokens, num_choices, num_shards, self.send_factor)
         assignments, slots = _rows_by_shard(plan.expert_ids // num_local, num_shards, room)
         sent = _pack(tokens, plan, num_shards, assignments, slots)
-        received = all_to_all(sent)
+        received = checkpoint_name(all_to_all(sent), RECEIVED)
+        if self.tensor_axis is not None:
+            params = jax.tree.map(lambda leaf: leaf.squeeze(1), params)  # the one part of this device
 
         capacity = _rows_for(num_shards * num_tokens, num_choices, plan.num_experts, self.capacity_factor)
         local_plan = _local_plan(received, num_local, capacity, plan.capacity)
-        parts = all_to_all(self.backend(received.tokens, local_plan, expert, params))
+        parts = checkpoint_name(all_to_all(self.backend(received.tokens, local_plan, expert, params)), RETURNED)
         output = combine_rows(parts, jnp.ones(slots.shape, jnp.float32), assignments, slots)
+        if self.tensor_axis is not None:
+            output = jax.lax.psum(output, self.tensor_axis)
 
         assigned, num_rows = _count(plan.expert_ids < plan.num_experts), _count(assignments < slots.size)
         counts = ExchangeCounts(

@@ -3,6 +3,7 @@
 import jax
 
 from moe_jax.models.config import DecoderConfig, LayerKind, make_attention, make_router
+from moe_jax.models.execution import ONE_DEVICE, Execution
 from moe_jax.nn.block import Block
 from moe_jax.nn.expert_stack import ExpertStack
 from moe_jax.nn.feed_forward import FeedForward
@@ -12,10 +13,12 @@ from moe_jax.nn.norms import NORMS
 from moe_jax.nn.routers import Router
 from moe_jax.nn.soft_moe import SoftMoELayer, SoftRouter
 from moe_jax.nn.zero_compute import ZeroComputeExperts
-from moe_jax.types import Array
+from moe_jax.types import Array, DispatchFn
 
 
-def init_block(config: DecoderConfig, kind: LayerKind, pattern: Array | None, key: Array) -> Block:
+def init_block(
+    config: DecoderConfig, kind: LayerKind, pattern: Array | None, key: Array, execution: Execution = ONE_DEVICE
+) -> Block:
     """One block; output projections are scaled by 1/sqrt(2 * depth), so that the residual stream starts small.
 
     Args:
@@ -23,6 +26,7 @@ def init_block(config: DecoderConfig, kind: LayerKind, pattern: Array | None, ke
       kind: of the layer.
       pattern: `[3]`, its row of `config.patterns`, or None.
       key: consumed.
+      execution: over which devices experts run.
     """
     attention_key, feed_forward_key, router_key = jax.random.split(key, 3)
     scale = (2 * len(config.layers)) ** -0.5
@@ -36,7 +40,8 @@ def init_block(config: DecoderConfig, kind: LayerKind, pattern: Array | None, ke
             experts = _init_experts(config, config.width, scale, feed_forward_key)
             feed_forward = SoftMoELayer(router, experts, stats_level=config.stats_level)
         else:
-            feed_forward = _init_moe(config, router, scale, feed_forward_key, jax.random.fold_in(key, 3))
+            backend = execution.dispatch(config.backend)
+            feed_forward = _init_moe(config, router, backend, scale, feed_forward_key, jax.random.fold_in(key, 3))
     first, second = (NORMS[config.norm](config.width, config.norm_epsilon) for _ in range(2))
     return Block(attention, feed_forward, first, second, config.residual_scale)
 
@@ -69,7 +74,9 @@ def _init_experts(config: DecoderConfig, width: int, scale: float, key: Array) -
     )
 
 
-def _init_moe(config: DecoderConfig, router: Router, scale: float, key: Array, parts_key: Array) -> MoELayer:
+def _init_moe(
+    config: DecoderConfig, router: Router, backend: str | DispatchFn, scale: float, key: Array, parts_key: Array
+) -> MoELayer:
     """A mixture of experts: the stack from one key, the parts that most configs do without from the other."""
     shared_key, latent_key, zero_compute_key = jax.random.split(parts_key, 3)
     shared = latent = zero_compute = None
@@ -90,7 +97,7 @@ def _init_moe(config: DecoderConfig, router: Router, scale: float, key: Array, p
         num_choices=config.num_choices,
         rule=config.rule,
         rule_settings=config.rule_settings,
-        backend=config.backend,
+        backend=backend,
         gates_on_input=config.gates_on_input,
         capacity_factor=config.capacity_factor,
         stats_level=config.stats_level,

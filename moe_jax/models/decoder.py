@@ -13,6 +13,7 @@ from flax import nnx
 
 from moe_jax.models.blocks import init_block
 from moe_jax.models.config import DecoderConfig
+from moe_jax.models.execution import ONE_DEVICE, Execution
 from moe_jax.nn.block import Block
 from moe_jax.nn.moe import MoELayer
 from moe_jax.nn.norms import NORMS
@@ -24,19 +25,20 @@ from moe_jax.types import Array, RouterOutput, RouterStats, RoutingPlan, Topolog
 class Decoder(nnx.Module):
     """The language model. Called on tokens it gives logits and what every router did."""
 
-    def __init__(self, config: DecoderConfig, *, key: Array):
+    def __init__(self, config: DecoderConfig, *, key: Array, execution: Execution = ONE_DEVICE):
         """Initialises all parameters in float32.
 
         Args:
           config: the architecture.
           key: consumed; `jax.vmap` over keys makes a population.
+          execution: over which devices the model runs, and what it keeps for the gradient.
         """
-        self.config = config
+        self.config, self.execution = config, execution
         embed_key, read_key, *layer_keys = jax.random.split(key, 2 + len(config.layers))
         self.embedding = nnx.Param(jax.random.normal(embed_key, (1 + config.context, config.vocab_size, config.width)))
         patterns = config.patterns
         self.stacks = nnx.List(
-            jax.vmap(lambda pattern, layer_key, kind=kind: init_block(config, kind, pattern, layer_key))(
+            jax.vmap(lambda pattern, layer_key, kind=kind: init_block(config, kind, pattern, layer_key, execution))(
                 None if patterns is None else jnp.asarray(patterns[run.start : run.stop]),
                 jnp.stack([layer_keys[i] for i in run]),
             )
@@ -177,7 +179,7 @@ class Decoder(nnx.Module):
                 block, routing, layer_key = layer
                 topology, forced = routing or (None, None)
                 x, routed = block(
-                    x,
+                    self.execution.split_batch(x),
                     token_mask,
                     topology,
                     token_groups,
@@ -188,7 +190,7 @@ class Decoder(nnx.Module):
                 )
                 return x, None if routed is None else keep_trace(routed, trace)
 
-            x, routed = jax.lax.scan(body, x, (part, routing, keys))
+            x, routed = jax.lax.scan(self.execution.rematerialize(body), x, (part, routing, keys))
             if routed is not None:
                 outputs.append(routed)
         if not outputs:

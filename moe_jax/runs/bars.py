@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,6 +16,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from moe_jax.hosts import is_first_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +36,13 @@ class Bar:
         self.display.update(self.task, completed=done, note=note)
 
 
+def host_console() -> Console:
+    """A console that prints on the first host only."""
+    return Console(quiet=not is_first_host())
+
+
 def progress_display() -> Progress:
-    """The display, to be entered as a context; `bar` adds lines to it."""
+    """The display, to be entered as a context; `bar` adds lines to it. Other hosts than the first show nothing."""
     return Progress(
         TextColumn("{task.description:<28}"),
         BarColumn(),
@@ -42,6 +50,7 @@ def progress_display() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
+        console=host_console(),
     )
 
 

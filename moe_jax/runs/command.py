@@ -1,4 +1,7 @@
-"""The command line that every experiment has: `--config`, `--config.<key>=value`, `--workdir`, `--resume`, `--help`."""
+"""The command line that every experiment has.
+
+`--config`, `--config.<key>=value`, `--workdir`, `--resume`, `--hosts`, `--help`.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,24 @@ import dataclasses
 import hashlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from ml_collections import ConfigDict
 
+from moe_jax.errors import MendableError
+from moe_jax.hosts import initialize_hosts, leave_hosts, num_hosts
 from moe_jax.runs.config import flatten, from_json, load_config, override
 from moe_jax.runs.environment import enable_compilation_cache, use_huge_pages
-from moe_jax.runs.progress import RunError
 from moe_jax.runs.sections import ConfigError, nearest_known
+from moe_jax.runs.stop import Stopped, leaving_at_once
+
+_HOSTS = (
+    "one of several hosts: run the command on each of them with its own INDEX from 0, the address and a free port of "
+    "the one with INDEX 0, and a --workdir that all share; or --hosts=auto under SLURM, Open MPI or on TPUs"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +38,13 @@ class Command:
       config: the resolved configuration.
       workdir: the run's own folder.
       resume: refuse to start a new run.
+      hosts: how the hosts of a program of several find each other, for `initialize_hosts`; None for one host.
     """
 
     config: ConfigDict
     workdir: Path
     resume: bool
+    hosts: str | None = None
 
 
 def run_script(main: Callable[[Command], None], default_config: str, argv: Sequence[str] | None = None) -> int:
@@ -43,20 +56,40 @@ def run_script(main: Callable[[Command], None], default_config: str, argv: Seque
       argv: arguments without the program's name; None takes those of the process.
 
     Returns:
-      The exit code: 0, or 2 after a `ConfigError` or `RunError`.
+      The exit code: 0, also where SIGTERM stopped the program; 2 after an error that a person can mend; 130 after
+      Ctrl-C. Of a program on several hosts that ends early, the process ends here.
     """
     if argv is None:
         use_huge_pages()
     module = sys.modules[main.__module__]
     program = f"python -m {module.__spec__.name}" if module.__spec__ else Path(sys.argv[0]).name
+    again = "the same command continues it"
     try:
         command = parse_command(sys.argv[1:] if argv is None else argv, default_config, program, module.__doc__ or "")
+        again = f"to continue: {program} --workdir {command.workdir} --resume"
+        if command.hosts:
+            initialize_hosts(command.hosts)
         enable_compilation_cache()
-        main(command)
-    except (ConfigError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        with leaving_at_once():
+            main(command)
+        return 0
+    except MendableError as error:
+        code, message = 2, f"error: {error}"
+    except Stopped as stop:
+        code, message = stop.code, f"stopped; {again}"
+    except KeyboardInterrupt:
+        code, message = 130, f"stopped; {again}"
+    except Exception:
+        if num_hosts() == 1:
+            raise
+        code, message = (
+            1,
+            f"{traceback.format_exc()}\nif a connection was lost, another host's messages say why; {again}",
+        )
+    print(message, file=sys.stderr)
+    if num_hosts() > 1:
+        leave_hosts(code)
+    return code
 
 
 def parse_command(argv: Sequence[str], default_config: str, program: str, description: str) -> Command:
@@ -83,13 +116,14 @@ def parse_command(argv: Sequence[str], default_config: str, program: str, descri
     parser.add_argument("--config", metavar="FILE", help=f"configuration file (default: {default_config})")
     parser.add_argument("--workdir", metavar="DIR", type=Path, help="the run's folder (default: runs/EXPERIMENT/NAME)")
     parser.add_argument("--resume", action="store_true", help="continue the run in the folder, never start a new one")
+    parser.add_argument("--hosts", metavar="ADDRESS:PORT,COUNT,INDEX", help=_HOSTS)
     parser.add_argument("--help", "-h", action="store_true", help="show this text")
     arguments, rest = parser.parse_known_args(list(argv))
     assignments = _assignments(rest)
     config_path = arguments.config or default_config
     recorded = arguments.workdir / "config.json" if arguments.workdir else None
     if arguments.resume and recorded and recorded.is_file() and not arguments.config and not assignments:
-        return Command(from_json(recorded.read_text()), arguments.workdir, resume=True)
+        return Command(from_json(recorded.read_text()), arguments.workdir, True, arguments.hosts)
     config = load_config(config_path)
     if arguments.help:
         keys = [f"  {key} = {value!r}" for key, value in flatten(config).items()]
@@ -99,7 +133,7 @@ def parse_command(argv: Sequence[str], default_config: str, program: str, descri
     config = override(config, assignments)
     experiment = re.split(r"[. ]", program.removesuffix(".py"))[-1]
     workdir = arguments.workdir or Path("runs") / experiment / _run_name(config_path, config, assignments)
-    return Command(config, workdir, arguments.resume)
+    return Command(config, workdir, arguments.resume, arguments.hosts)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -117,7 +151,7 @@ def _assignments(arguments: Sequence[str]) -> dict[str, str]:
         argument = remaining.pop(0)
         option, equals, value = argument.partition("=")
         if not option.startswith("--config."):
-            known = nearest_known(option, ["--config", "--workdir", "--resume", "--help"])
+            known = nearest_known(option, ["--config", "--workdir", "--resume", "--hosts", "--help"])
             raise ConfigError(f"unknown argument {argument!r}{known}")
         if not equals:
             if not remaining or remaining[0].startswith("--"):

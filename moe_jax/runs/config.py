@@ -92,6 +92,24 @@ def differing_keys(left: ConfigDict, right: ConfigDict) -> list[str]:
     return sorted(key for key in a.keys() | b.keys() if key not in a or key not in b or a[key] != b[key])
 
 
+def describe_differences(left: ConfigDict, right: ConfigDict, left_name: str, right_name: str) -> str:
+    """Phrases which values differ between two configurations.
+
+    Args:
+      left: a configuration.
+      right: another.
+      left_name: how the message calls the first, such as "recorded".
+      right_name: how it calls the second.
+
+    Returns:
+      "training.steps: 10 recorded, 20 now; ..." or "" if they are equal.
+    """
+    a, b = flatten(left), flatten(right)
+    return "; ".join(
+        f"{key}: {_told(key, a)} {left_name}, {_told(key, b)} {right_name}" for key in differing_keys(left, right)
+    )
+
+
 def flatten(config: ConfigDict) -> dict[str, Any]:
     """Flattens a configuration to dotted keys, in its own order; an empty section stays as an empty dict."""
     flat: dict[str, Any] = {}
@@ -101,6 +119,11 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
+
+
+def _told(key: str, values: Mapping[str, Any]) -> str:
+    """A value in the words of a message."""
+    return repr(values[key]) if key in values else "not set"
 
 
 def _with_tuples(value: Any) -> Any:

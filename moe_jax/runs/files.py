@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from moe_jax.errors import MendableError
+
 _PARTIAL = ".partial"
+
+
+class WriteError(MendableError, OSError):
+    """A file that cannot be written; the message says why and what to do."""
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -16,20 +23,31 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     Args:
       path: the file; missing parent folders are made.
       data: its whole content; text is written as UTF-8.
+
+    Raises:
+      WriteError: if the disk is full or cannot be written; the old file is still there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
-    with partial.open("wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    # The rename itself is durable only once the folder is.
-    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        # The rename itself is durable only once the folder is.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise WriteError(
+            f"cannot write {path} ({error.strerror}); make room or choose another folder, then run the same command "
+            "again"
+        ) from error
 
 
 def remove_partial_files(folder: Path) -> None:

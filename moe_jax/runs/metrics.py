@@ -3,6 +3,9 @@
 A segment ends where `flush` is called and nowhere else. Flushing exactly at checkpoints and truncating to the
 checkpoint on a restart makes a resumed run rewrite the same segments, bit for bit. Wall-clock times differ from run to
 run: they belong in a stage of their own ("timing").
+
+A run that was asked to stop flushes in the midst of a segment. `reopen` takes such rows back, and the next flush writes
+the segment as if there had been no stop; of two segments with one first step the longer counts.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from moe_jax.hosts import is_first_host
 from moe_jax.runs.files import write_atomic
 
 Columns = dict[str, np.ndarray]
@@ -25,7 +29,7 @@ class MetricsWriter:
     """Collects rows of one stage and writes them as Parquet segments.
 
     Scalars are stored as float64, arrays as float32 if they are float32 and as float64 otherwise: every column can hold
-    NaN, which also stands for a metric that a row does not mention.
+    NaN, which also stands for a metric that a row does not mention. Only host 0 writes.
     """
 
     def __init__(self, folder: str | Path, stage: str) -> None:
@@ -66,9 +70,10 @@ class MetricsWriter:
 
     def flush(self) -> None:
         """Writes the buffered rows as one segment, atomically; without rows it does nothing."""
-        if self._rows:
+        if self._rows and is_first_host():
             _write_segment(self._folder, _columns(self._rows, self._shapes))
-            self._rows.clear()
+            _remove_superseded(self._folder)
+        self._rows.clear()
 
     def truncate_after(self, step: int) -> None:
         """Drops every row, buffered or on disk, whose step is larger, so that a run can go on from a checkpoint.
@@ -77,6 +82,10 @@ class MetricsWriter:
           step: the checkpoint's step; -1 drops all.
         """
         self._rows = [row for row in self._rows if row[0] <= step]
+        self._last_step = min(self._last_step, step)
+        if not is_first_host():
+            return
+        _remove_superseded(self._folder)
         for (first, last), path in _segments(self._folder).items():
             if first <= step < last:
                 columns = _read_segment(path)
@@ -85,9 +94,24 @@ class MetricsWriter:
                 )
             if last > step:
                 path.unlink()
-        self._last_step = max(
-            [last for _, last in _segments(self._folder)] + [row[0] for row in self._rows], default=-1
-        )
+
+    def reopen(self, after: int) -> None:
+        """Takes the rows behind a step back into the buffer, to be written again with those that follow.
+
+        Args:
+          after: the last step of the segment before; called after `truncate_after`.
+        """
+        if not is_first_host():
+            return
+        for (first, _), path in sorted(_segments(self._folder).items()):
+            if first > after:
+                columns = _read_segment(path)
+                names = [name for name in columns if name != "step"]
+                self._shapes |= {name: columns[name].shape[1:] for name in names}
+                self._rows += [
+                    (int(step), {name: columns[name][row] for name in names})
+                    for row, step in enumerate(columns["step"])
+                ]
 
 
 def read_metrics(folder: str | Path, stage: str) -> Columns:
@@ -140,9 +164,21 @@ def _blank(example: np.ndarray, num_rows: int) -> np.ndarray:
 
 
 def _segments(folder: Path) -> dict[tuple[int, int], Path]:
-    """Returns (first step, last step) -> file of a stage's segments."""
+    """Returns (first step, last step) -> file of a stage's segments; of those with one first step, the longest."""
+    longest = {first: (last, path) for (first, last), path in sorted(_files(folder).items())}
+    return {(first, last): path for first, (last, path) in longest.items()}
+
+
+def _files(folder: Path) -> dict[tuple[int, int], Path]:
+    """Returns (first step, last step) -> file of everything that was written."""
     matches = [(re.fullmatch(r"(\d+)-(\d+)\.parquet", path.name), path) for path in folder.glob("*.parquet")]
     return {(int(match[1]), int(match[2])): path for match, path in matches if match}
+
+
+def _remove_superseded(folder: Path) -> None:
+    """Removes the segments that a longer one has taken in."""
+    for key in _files(folder).keys() - _segments(folder).keys():
+        _files(folder)[key].unlink()
 
 
 def _write_segment(folder: Path, columns: Columns) -> None:

@@ -1,5 +1,6 @@
 """Held-out loss, sequence by sequence, so that intervals and paired comparisons can be taken over documents."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,30 +8,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from moe_jax.analysis import Interval, document_mean, paired_permutation_test, verdict, win_rate
 from moe_jax.data import Sequences
 from moe_jax.losses import cross_entropy
+from moe_jax.training.mesh import batch_parts, replicated
 from moe_jax.types import Array, Topology
 
 LOG2 = float(np.log(2))  # nats per bit
 
 
 def make_evaluator(
-    graphdef: nnx.GraphDef, batch_size: int
+    graphdef: nnx.GraphDef, batch_size: int, mesh: Mesh | None = None
 ) -> Callable[[nnx.State, Sequences, Topology | None], tuple[np.ndarray, np.ndarray]]:
     """A function of `(state, sequences, topology)` with one compiled program for every number of sequences.
 
     Args:
       graphdef: structure of a decoder.
       batch_size: sequences per call of the program; the last call is filled up with masked rows.
+      mesh: over which the model's state lies; the batch size is rounded up to what divides over it.
 
     Returns:
       A function that gives `nll [N]` (nats, summed over a sequence's scored targets) and `targets [N]` (their number).
       The topology (`keep [L, 1, E]`) may be None.
     """
 
-    @jax.jit
+    if mesh is not None:
+        batch_size += -batch_size % batch_parts(mesh)
+
+    @functools.partial(jax.jit, out_shardings=None if mesh is None else replicated(mesh))
     def nll_of(state: nnx.State, tokens: Array, mask: Array, is_scored: Array, topology: Topology | None) -> Array:
         logits, _ = nnx.merge(graphdef, state)(tokens[:, :-1], mask[:, :-1], topology, trace="off")
         return jnp.sum(cross_entropy(logits, tokens[:, 1:]) * is_scored, axis=1)

@@ -6,8 +6,11 @@ from typing import Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from moe_jax.models.execution import Remat
 from moe_jax.runs import RunError
+from moe_jax.training.mesh import place_batch, replicated
 from moe_jax.training.step import TrainState, TrainStep
 from moe_jax.types import Topology
 
@@ -31,18 +34,30 @@ class TrainingConfig:
     Attributes:
       steps: optimizer steps.
       checkpoint_every: steps between checkpoints, which are also the ends of the metrics' segments.
+      keep_newest: how many of the newest checkpoints stay; at least 2, so that one may be found damaged.
+      keep_every: checkpoints of steps that are multiples of it stay for good; 0 for none.
       heal_steps: further steps for a pruned topology, and for the untouched model beside it.
+      remat: what the backward pass computes once more instead of keeping it; see `models.execution.Execution`. Values
+        do not depend on it, memory and time do.
     """
 
     steps: int = 600
     checkpoint_every: int = 100
+    keep_newest: int = 2
+    keep_every: int = 0
     heal_steps: int = 40
+    remat: Remat = "none"
 
     def __post_init__(self) -> None:
         """Refuses lengths that are not positive."""
         for name in ("steps", "checkpoint_every", "heal_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} must be at least 1, got {getattr(self, name)}")
+        if self.keep_newest < 2 or self.keep_every < 0:
+            raise ValueError(
+                f"training.keep_newest={self.keep_newest} must be at least 2, and training.keep_every="
+                f"{self.keep_every} at least 0"
+            )
 
 
 class NonFiniteError(RunError):
@@ -59,6 +74,8 @@ def train(
     record: Callable[[int, dict[str, np.ndarray]], None],
     topology: Topology | None = None,
     last_saved: int | None = None,
+    mesh: Mesh | None = None,
+    is_stopping: Callable[[], bool] = lambda: False,
 ) -> TrainState:
     """Runs one step per batch.
 
@@ -66,11 +83,13 @@ def train(
       state: where to start; its buffers are donated.
       step: from `make_train_step`, not yet jitted.
       batches: one per step; their order is the caller's.
-      checkpoint_every: `save` is called at multiples of this step and after the last batch.
+      checkpoint_every: `save` is called at multiples of this step and at the end.
       save: `(step, state)`; called only after every metric up to that step was found finite.
       record: `(step, metrics)`, steps counted from 1, every step, in order.
       topology: trained under, `keep [L, 1, E]`; None for everything open.
       last_saved: the checkpoint that `state` came from, for the error message.
+      mesh: over which batches are split; the state is placed on it already and stays where it lies. None for one device.
+      is_stopping: asked after every step; True ends the loop there, saved like any other end.
 
     Returns:
       The final state.
@@ -78,10 +97,14 @@ def train(
     Raises:
       NonFiniteError: loss or gradient norm is NaN or infinite; nothing of that step is saved.
     """
-    compiled = jax.jit(step, donate_argnums=0)
+    shardings = None if mesh is None else (jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh))
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=shardings)
     number = int(state.step)
     for batch in batches:
-        state, metrics = compiled(state, batch.tokens, batch.mask, topology)
+        tokens, mask = batch.tokens, batch.mask
+        if mesh is not None:
+            tokens, mask = place_batch(mesh, tokens), place_batch(mesh, mask)
+        state, metrics = compiled(state, tokens, mask, topology)
         number += 1
         values = jax.tree.map(np.asarray, jax.device_get(metrics))
         _require_finite(number, values, last_saved)
@@ -89,6 +112,8 @@ def train(
         if number % checkpoint_every == 0:
             save(number, state)
             last_saved = number
+        if is_stopping():
+            break
     if last_saved != number:
         save(number, state)
     return state

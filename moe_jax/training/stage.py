@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.progress import Progress
 
-from moe_jax.checkpoints import CheckpointStore
+from moe_jax.checkpoints import CheckpointStore, Restored
 from moe_jax.runs import MetricsWriter, RunFolder
 from moe_jax.runs.bars import bar
+from moe_jax.runs.stop import Stopped, listening
 from moe_jax.training.loop import Batch, train
 from moe_jax.training.step import TrainState, TrainStep
 from moe_jax.types import Topology
@@ -28,6 +30,9 @@ def train_stage(
     topology: Topology | None = None,
     on_start: Callable[[int], None] = lambda step: None,
     on_save: Callable[[int, TrainState], None] = lambda step, state: None,
+    mesh: Mesh | None = None,
+    keep_newest: int = 2,
+    keep_every: int = 0,
 ) -> TrainState:
     """Trains until step `steps`, from the newest checkpoint of the stage or from `initial`.
 
@@ -35,7 +40,7 @@ def train_stage(
       run: the open run folder; the stage's metrics and checkpoints go there.
       display: where the bar is drawn.
       stage: its name, such as "train" or "heal/evolved".
-      initial: the state at the stage's first step.
+      initial: the state at the stage's first step; on a mesh its buffers are donated.
       step: from `make_train_step`.
       batches_from: from a step to the batches of that step and all later ones.
       steps: the last step's number.
@@ -44,33 +49,56 @@ def train_stage(
       topology: trained under; see `train`.
       on_start: called with the step that training starts after, so that other records can be cut there.
       on_save: called with step and state before a checkpoint is written.
+      mesh: where the state lies and over which batches are split; None for one device.
+      keep_newest: how many of the newest checkpoints stay.
+      keep_every: steps whose multiples' checkpoints stay for good; 0 for none.
 
     Returns:
       The state at step `steps`.
+
+    Raises:
+      Stopped: a signal asked for it; the state is saved.
     """
     writer = MetricsWriter(run.path, stage)
-    # Written before `save` returns, since `status.json` then names it as the last good checkpoint.
-    with CheckpointStore(run.subfolder("checkpoints", *stage.split("/")), is_async=False) as store:
-        last = store.latest_step()
-        state = jax.tree.map(np.array, initial) if last is None else store.restore(last, initial)
+    folder = run.subfolder("checkpoints", *stage.split("/"))
+    with CheckpointStore(folder, keep_newest, keep_every=keep_every) as store:
+        restored = _restore(run, display, stage, store, initial)
+        if restored is not None:
+            state = restored.tree
+        elif mesh is not None:
+            state = initial
+        else:
+            state = jax.tree.map(np.array, initial)
         start = int(state.step)
         writer.truncate_after(start)
         on_start(start)
         if start == steps:
             return state
-        with bar(display, stage, steps, start) as progress:
+        writer.reopen(after=start - start % checkpoint_every)
+        unreported: list[int] = []
 
-            def record(step: int, values: dict[str, np.ndarray]) -> None:
-                writer.append(step, values)
-                progress.show(step, note(values))
+        def report() -> None:
+            # `status.json` names a checkpoint once it is whole.
+            if unreported and not store.is_saving():
+                saved = unreported.pop()
+                run.report_progress(stage, saved, store.path(saved))
 
-            def save(step: int, state: TrainState) -> None:
-                writer.flush()
+        def record(step: int, values: dict[str, np.ndarray]) -> None:
+            writer.append(step, values)
+            progress.show(step, note(values))
+            report()
+
+        def save(step: int, state: TrainState) -> None:
+            writer.flush()
+            if step % checkpoint_every == 0 or step == steps:  # not where a signal ends the process
                 on_save(step, state)
-                store.save(step, state)
-                run.report_progress(stage, step, store.path(step))
+            store.wait()
+            report()
+            store.save(step, state)
+            unreported.append(step)
 
-            return train(
+        with bar(display, stage, steps, start) as progress, listening() as request:
+            state = train(
                 state,
                 step,
                 batches_from(start),
@@ -78,5 +106,28 @@ def train_stage(
                 save=save,
                 record=record,
                 topology=topology,
-                last_saved=last,
+                last_saved=None if restored is None else start,
+                mesh=mesh,
+                is_stopping=request.is_due,
             )
+            store.wait()
+            report()
+        if request.is_granted:
+            raise Stopped(request.exit_code)
+        return state
+
+
+def _restore(
+    run: RunFolder, display: Progress, stage: str, store: CheckpointStore, initial: TrainState
+) -> Restored | None:
+    """The newest checkpoint that is whole; says which newer ones are not, and puts the run back to it."""
+    restored = store.restore_newest(initial)
+    if restored is not None and restored.damaged:
+        for step, reason in restored.damaged.items():
+            display.console.print(
+                f"{stage}: the checkpoint of step {step} is damaged ({reason}); it was moved to {store.folder}/damaged",
+                soft_wrap=True,
+            )
+        display.console.print(f"{stage}: going on from the checkpoint of step {restored.step}")
+        run.report_progress(stage, restored.step, store.path(restored.step))
+    return restored

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from flax.core import FrozenDict
+from jax.sharding import Mesh
 
 from moe_jax.analysis import max_violation
 from moe_jax.losses import (
@@ -33,6 +34,7 @@ from moe_jax.losses import (
     sum_over_groups,
 )
 from moe_jax.routing import get_balancer
+from moe_jax.training.mesh import state_shardings
 from moe_jax.types import Array, ArrayTree, RouterStats, Topology
 
 
@@ -110,24 +112,32 @@ TrainStep = Callable[[TrainState, Array, Array, Topology | None], tuple[TrainSta
 
 
 def init_state(
-    make_model: Callable[[Array], nnx.Module], key: Array, optimizer: optax.GradientTransformation
+    make_model: Callable[[Array], nnx.Module],
+    key: Array,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
 ) -> tuple[nnx.GraphDef, TrainState]:
     """Initialises model and optimizer in one program, compiled without optimisation since it runs once.
+
+    On a mesh every array is created in its parts: no device ever holds the whole of one that is split.
 
     Args:
       make_model: builds the model from a key.
       key: consumed.
       optimizer: acts on the parameters only.
+      mesh: where the state lies, as in `training.mesh.state_shardings`; None for one device.
 
     Returns:
       The model's structure and the state at step 0.
     """
 
-    @jax.jit(compiler_options={"xla_backend_optimization_level": 0})
     def initialise(key: Array) -> TrainState:
         return state_of(make_model(key), optimizer)
 
-    return nnx.graphdef(jax.eval_shape(make_model, key)), initialise(key)
+    shardings = None if mesh is None else state_shardings(jax.eval_shape(initialise, key), mesh)
+    options = {"xla_backend_optimization_level": 0}
+    compiled = jax.jit(initialise, out_shardings=shardings, compiler_options=options)
+    return nnx.graphdef(jax.eval_shape(make_model, key)), compiled(key)
 
 
 def state_of(model: nnx.Module, optimizer: optax.GradientTransformation) -> TrainState:

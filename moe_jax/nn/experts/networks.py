@@ -27,7 +27,7 @@ def mlp(*, activation: str = "gelu", use_bias: bool = False) -> ExpertKind:
       activation: a key of `ACTIVATIONS`.
       use_bias: whether both matrices have one; it starts at zero.
     """
-    return ExpertKind(_network(_activation(activation)), functools.partial(_draw, 1, use_bias))
+    return ExpertKind(_network(1, _activation(activation)), functools.partial(_draw, 1, use_bias))
 
 
 def gated(*, activation: str = "silu", use_bias: bool = False) -> ExpertKind:
@@ -38,7 +38,7 @@ def gated(*, activation: str = "silu", use_bias: bool = False) -> ExpertKind:
       use_bias: whether the matrices have one; it starts at zero.
     """
     return ExpertKind(
-        _network(functools.partial(_gate, _activation(activation))), functools.partial(_draw, 2, use_bias)
+        _network(2, functools.partial(_gate, _activation(activation))), functools.partial(_draw, 2, use_bias)
     )
 
 
@@ -49,12 +49,15 @@ def gpt_oss(*, alpha: float = 1.702, limit: float = 7.0) -> ExpertKind:
       alpha: slope of the gate's sigmoid.
       limit: bound of the gate from above and of the other half on both sides.
     """
-    return ExpertKind(_network(functools.partial(_clamped_gate, alpha, limit)), functools.partial(_draw, 2, True))
+    return ExpertKind(_network(2, functools.partial(_clamped_gate, alpha, limit)), functools.partial(_draw, 2, True))
 
 
-def _network(activate: Callable[[Array], Array]) -> Expert:
+def _network(num_halves: int, activate: Callable[[Array], Array]) -> Expert:
     return Expert(
-        _into_hidden, functools.partial(_out_of_hidden, activate), functools.partial(_of_all_experts, activate)
+        _into_hidden,
+        functools.partial(_out_of_hidden, activate),
+        functools.partial(_of_all_experts, activate),
+        functools.partial(_split_hidden, num_halves),
     )
 
 
@@ -76,6 +79,23 @@ def _of_all_experts(
     hidden = hidden + spread(params["b_in"]) if "b_in" in params else hidden
     rows = matmul(activate(hidden), params["w_out"])
     return rows + spread(params["b_out"]) if "b_out" in params else rows
+
+
+def _split_hidden(num_halves: int, params: dict[str, Array], parts: int) -> dict[str, Array]:
+    """Networks of F / parts hidden units each; the first has the output's bias. See `types.Expert`."""
+
+    def cut(units: Array) -> Array:  # (E, ..., halves*F) -> (E, parts, ..., halves*F/parts), each half cut by itself
+        shape = units.shape[:-1]
+        halves = units.reshape(*shape, num_halves, parts, -1)
+        return jnp.moveaxis(halves, -2, 1).reshape(shape[0], parts, *shape[1:], -1)
+
+    w_out = params["w_out"]
+    split = {name: cut(value) for name, value in params.items() if name in ("w_in", "b_in")}
+    split["w_out"] = w_out.reshape(w_out.shape[0], parts, -1, w_out.shape[-1])
+    if "b_out" in params:
+        is_first = jnp.arange(parts)[None, :, None] == 0
+        split["b_out"] = jnp.where(is_first, params["b_out"][:, None], 0)
+    return split
 
 
 def _gate(activate: Callable[[Array], Array], hidden: Array) -> Array:
