@@ -161,7 +161,7 @@ def test_folders_become_domains_by_name_or_by_sub_folder(tmp_path):
         ("mine={root}/bad", r"latin.txt is not UTF-8 text \(byte 3 is 0xe9\); convert it"),
         ("mine={root}/empty", "domain 'mine' has no text; put UTF-8 files there"),
         ("{root}/empty", "has no sub-folders to make domains of; write 'name="),
-        ("novel={root}/good", "novel is taken; write 'other-name=path'"),
+        ("novel={root}/good", "novel is taken; name it 'other-name=…'"),
     ],
 )
 def test_a_bad_folder_says_what_where_and_what_to_do(tmp_path, entry, message):
@@ -179,7 +179,8 @@ def test_an_unknown_domain_is_refused_with_the_known_ones():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"domains": ()}, "both empty"),
+        ({"domains": ()}, "are all empty"),
+        ({"max_bytes_per_domain": 0}, "max_bytes_per_domain is 0"),
         ({"sequence_length": 0}, "sequence_length is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"test_fraction": 0.9}, "their sum below 1"),

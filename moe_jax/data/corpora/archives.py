@@ -16,9 +16,9 @@ import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, Protocol
 
 import pyarrow
 
@@ -67,7 +67,7 @@ def read_members(path: Path, members: tuple[str, ...], limits: Limits | None = N
     Raises:
       CorpusError: the archive is damaged, unpacks to more than the limits, or has a path that leads out of it.
     """
-    limits = limits or Limits()
+    limits = dataclasses.replace(limits or Limits())
     try:
         with path.open("rb") as file:
             yield from _matching(file, [re.compile(pattern) for pattern in members], limits, str(path))
@@ -76,7 +76,7 @@ def read_members(path: Path, members: tuple[str, ...], limits: Limits | None = N
 
 
 def _matching(
-    stream: BinaryIO, patterns: list[re.Pattern[str]], limits: Limits, where: str
+    stream: _Stream, patterns: list[re.Pattern[str]], limits: Limits, where: str
 ) -> Iterator[tuple[str, bytes]]:
     """Goes through one archive, and into those inside it while there is more than one pattern."""
     for name, content in _members(stream, limits, where):
@@ -91,7 +91,7 @@ def _matching(
         yield match.group(1) if match.groups() else name, data
 
 
-def _members(stream: BinaryIO, limits: Limits, where: str) -> Iterator[tuple[str, BinaryIO]]:
+def _members(stream: _Stream, limits: Limits, where: str) -> Iterator[tuple[str, _Stream]]:
     """Yields path and content of every regular file of a zip or tar archive, or of the `data.tar` of a .deb."""
     buffered = _buffered(stream)
     if buffered.peek(4)[:4] == b"PK\3\4":
@@ -107,8 +107,8 @@ def _members(stream: BinaryIO, limits: Limits, where: str) -> Iterator[tuple[str
     with tarfile.open(fileobj=_unpacked(buffered, limits, where), mode="r|", bufsize=_BUFFER) as archive:
         for member in archive:
             name = _checked(member.name, limits, where)
-            if member.isreg() and (content := archive.extractfile(member)):
-                yield name, content  # type: ignore[misc]  # IO[bytes] is a BinaryIO in all that is used here
+            if member.isreg() and isinstance(file := archive.extractfile(member), io.BufferedReader):
+                yield name, file
 
 
 def _checked(name: str, limits: Limits, where: str) -> str:
@@ -117,12 +117,12 @@ def _checked(name: str, limits: Limits, where: str) -> str:
     if limits.members < 0:
         raise CorpusError(f"{where} has more files than any text that is known here; it is not used")
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name:
+    if path.is_absolute() or ".." in path.parts:
         raise CorpusError(f"{where} has a file named {name!r}, which leads out of the archive; it is not used")
     return str(path)
 
 
-def _seek_data(deb: BinaryIO) -> None:
+def _seek_data(deb: io.BufferedReader) -> None:
     """Moves to the `data.tar` of a .deb, an `ar` archive of three files."""
     deb.read(8)
     while len(header := deb.read(60)) == 60:
@@ -133,41 +133,47 @@ def _seek_data(deb: BinaryIO) -> None:
     raise tarfile.ReadError("a .deb without data.tar")
 
 
-def _buffered(stream: BinaryIO) -> io.BufferedReader:
+def _buffered(stream: _Stream) -> io.BufferedReader:
     """Lets a stream be looked at before it is read."""
-    return stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream, _BUFFER)  # type: ignore[type-var]
+    return stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream, _BUFFER)
 
 
-def _unpacked(stream: BinaryIO, limits: Limits, where: str) -> BinaryIO:
+def _unpacked(stream: _Stream, limits: Limits, where: str) -> io.BufferedReader:
     """Decompresses a stream if its first bytes say that it is compressed, and counts what comes out."""
     buffered = _buffered(stream)
     head = buffered.peek(6)
-    if head.startswith(b"\x1f\x8b"):
-        plain = gzip.GzipFile(fileobj=buffered)
-    elif head.startswith(b"\xfd7zXZ\0"):
-        plain = lzma.LZMAFile(buffered)
-    elif head.startswith(b"BZh"):
-        plain = bz2.BZ2File(buffered)
-    elif head.startswith(b"\x28\xb5\x2f\xfd"):
-        plain = pyarrow.CompressedInputStream(buffered, "zstd")
-    else:
-        plain = buffered
-    return io.BufferedReader(_Counted(plain, limits, where), _BUFFER)
+    opener = next((_COMPRESSIONS[magic] for magic in _COMPRESSIONS if head.startswith(magic)), lambda stream: stream)
+    return io.BufferedReader(_Counted(opener(buffered), limits, where), _BUFFER)
+
+
+class _Readable(Protocol):
+    """What can be read."""
+
+    def read(self, size: int, /) -> bytes: ...
 
 
 class _Counted(io.RawIOBase):
-    """A stream that takes what is read off the limits and refuses to go beyond, as no zip bomb can avoid."""
+    """A stream that takes what is read off the limits and refuses to go beyond them: no zip bomb gets past."""
 
-    def __init__(self, stream: BinaryIO, limits: Limits, where: str):
+    def __init__(self, stream: _Readable, limits: Limits, where: str):
         self._stream, self._limits, self._where = stream, limits, where
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: bytearray) -> int:
+    def readinto(self, buffer: Any, /) -> int:
         data = self._stream.read(len(buffer))
         self._limits.unpacked_bytes -= len(data)
         if self._limits.unpacked_bytes < 0:
             raise CorpusError(f"{self._where} unpacks to more than any text that is known here; it is not used")
         buffer[: len(data)] = data
         return len(data)
+
+
+_Stream = io.BufferedReader | _Counted
+_COMPRESSIONS: dict[bytes, Callable[[Any], _Readable]] = {  # by the first bytes
+    b"\x1f\x8b": lambda stream: gzip.GzipFile(fileobj=stream),
+    b"\xfd7zXZ\0": lzma.LZMAFile,
+    b"BZh": bz2.BZ2File,
+    b"\x28\xb5\x2f\xfd": lambda stream: pyarrow.CompressedInputStream(stream, "zstd"),
+}

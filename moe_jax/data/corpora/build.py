@@ -22,7 +22,7 @@ from moe_jax.data.sample import FairSample
 _COLUMNS = ("text", "domain", "name", "source", "licence")
 _ROW_GROUP_BYTES = 4_000_000
 _RECORD = b"moe_jax corpus"
-_SHORTEST = 200  # characters; less is a heading or a note that a page has moved
+_SHORTEST = 200  # bytes; less is a heading or a note that a page has moved
 _UNREADABLE = 0.001  # share of characters that are no UTF-8, above which a file is not text
 
 
@@ -72,7 +72,9 @@ def build_domain(
             sample.add(document.name, (source, document), len(document.text))
     chosen = sample.items()
     note("dropping lines that documents share")
-    kept = drop_duplicates([document for _, document in chosen])
+    unique = drop_duplicates([document for _, document in chosen])
+    stripped = [dataclasses.replace(document, text=document.text.strip() + b"\n") for document in unique]
+    kept = [document for document in stripped if len(document.text) >= _SHORTEST]
     if not kept:
         raise CorpusError(f"{sources[0].package} has no text for {domain}; its files may have moved in this version")
     record = {
@@ -128,7 +130,7 @@ def _documents(source: Source, archive: Path, foreign: set[str]) -> Iterator[Doc
         for name, cleaned in source.cleaner(path, text):
             if foreign:
                 cleaned = "".join(line for line in cleaned.splitlines(keepends=True) if line.strip() not in foreign)
-            if len(cleaned) >= _SHORTEST:
+            if cleaned.strip():
                 yield Document(cleaned.encode(), source.domain, source.prefix + name)
 
 

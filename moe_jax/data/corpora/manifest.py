@@ -43,7 +43,7 @@ _DOMAINS = (
         version="1.19.8-2",
         sha256="2dfa82fe4f08f4e0193c532e561af4c91871f5235608f04f2bb8d57bb288df5a",
         download_bytes=18_308_084,
-        members=(r"usr/share/go-1\.19/((?!.*/testdata/).*\.go)",),
+        members=(r"usr/share/go-1\.19/src/((?!.*/testdata/).*\.go)",),
         cleaner=code,
         licence="BSD-3-Clause",
     ),
