@@ -1,5 +1,6 @@
 """Where documents come from: text shipped with the package, Python's own standard library, the user's own text."""
 
+import dataclasses
 import hashlib
 import importlib.resources
 import os
@@ -48,8 +49,10 @@ def load_documents(config: DataConfig) -> tuple[Document, ...]:
     for domain in dict.fromkeys(config.domains):
         if domain not in BUILT_IN:
             raise ValueError(f"domains names {domain!r}, which is not built in; known: {', '.join(BUILT_IN)}")
-        documents += _sample(BUILT_IN[domain].read(domain, config), config.max_bytes_per_domain)
-    taken = set(BUILT_IN)
+        read, licence = BUILT_IN[domain]
+        found = [dataclasses.replace(document, licence=licence) for document in read(domain, config)]
+        documents += _sample(found, config.max_bytes_per_domain)
+    taken = set(config.domains)
     entries = [(field, entry) for field in _READERS for entry in getattr(config, field)]
     for field, entry in entries:
         found = _READERS[field](entry, config)

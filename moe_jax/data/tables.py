@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from moe_jax.data.documents import Document, group_by_domain
 
 _SUFFIXES = (".parquet", ".arrow", ".feather", ".ipc")
+_LICENCE = "licence"  # the column that `experiments/prepare_corpus.py` writes besides
 _ROWS = 1_000  # of a table that are in memory at once
 
 
@@ -100,11 +101,12 @@ def _rows(path: Path, called: str, domain: str | None, columns: tuple[str, str, 
             )  # refuses what is no UTF-8
             domains = _labels(table, domain_column) if domain is None else [domain] * len(texts)
             names = _labels(table, name_column) if name_column in table.column_names else [None] * len(texts)
-            for text, kind, name in zip(texts, domains, names, strict=True):
+            licences = _labels(table, _LICENCE) if _LICENCE in table.column_names else [None] * len(texts)
+            for text, kind, name, licence in zip(texts, domains, names, licences, strict=True):
                 if kind is None:
                     raise ValueError(f"{path} has no {domain_column} in row {row}; give it one, or write 'name=path'")
                 if text:
-                    yield Document(text, kind, f"{called}/{row}" if name is None else name)
+                    yield Document(text, kind, f"{called}/{row}" if name is None else name, licence=licence)
                 row += 1
     except pa.ArrowException as error:
         raise ValueError(f"{path} is not a Parquet or Arrow table ({error}); make it again, or leave it out") from error
@@ -145,7 +147,7 @@ def _wanted(schema: pa.Schema, path: Path, columns: tuple[str, str, str], needs_
             f"{given} named {columns[1]!r} of domains; write 'name=path' to make the table one domain, or name the "
             f"column second in table_columns={','.join(columns)}"
         )
-    return [column for column in columns if column in flat.names]
+    return [column for column in dict.fromkeys((*columns, _LICENCE)) if column in flat.names]
 
 
 _TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
