@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import io
 import json
@@ -104,6 +105,7 @@ def test_default_documents_are_real_text_of_four_domains(default_documents):
         texts = [document.text for document in default_documents if document.domain == domain]
         assert sum(map(len, texts)) > 80_000
         assert sum(word in text for text in texts) > 5
+    assert all(document.licence == data.BUILT_IN[document.domain].licence for document in default_documents)
     assert not any(b"\f" in document.text for document in default_documents if document.domain in SHIPPED)
 
 
@@ -161,14 +163,14 @@ def test_folders_become_domains_by_name_or_by_sub_folder(tmp_path):
         ("mine={root}/bad", r"latin.txt is not UTF-8 text \(byte 3 is 0xe9\); convert it"),
         ("mine={root}/empty", "domain 'mine' has no text; put UTF-8 files there"),
         ("{root}/empty", "has no sub-folders to make domains of; write 'name="),
-        ("novel={root}/good", "novel is taken; write 'other-name=path'"),
+        ("speeches={root}/good", "speeches is taken; name it 'other-name=…'"),
     ],
 )
 def test_a_bad_folder_says_what_where_and_what_to_do(tmp_path, entry, message):
     write_files(tmp_path, {"bad/latin.txt": "café".encode("latin-1"), "good/a.txt": b"text"})
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=message):
-        data.load_documents(DataConfig(folders=(entry.format(root=tmp_path),), domains=()))
+        data.load_documents(DataConfig(folders=(entry.format(root=tmp_path),), domains=("speeches",)))
 
 
 def test_an_unknown_domain_is_refused_with_the_known_ones():
@@ -179,7 +181,8 @@ def test_an_unknown_domain_is_refused_with_the_known_ones():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"domains": ()}, "both empty"),
+        ({"domains": ()}, "are all empty"),
+        ({"max_bytes_per_domain": 0}, "max_bytes_per_domain is 0"),
         ({"sequence_length": 0}, "sequence_length is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"test_fraction": 0.9}, "their sum below 1"),
@@ -267,12 +270,13 @@ def test_a_domain_with_too_few_documents_is_named():
 
 
 def test_the_description_is_json_and_its_digest_sees_every_byte():
-    documents = make_documents([50] * 10, "novel") + make_documents([50] * 10, "mine")
+    novel = [dataclasses.replace(document, licence="CC0") for document in make_documents([50] * 10, "novel")]
+    documents = (*novel, *make_documents([50] * 10, "mine"))
     splits = data.split_documents(documents, DataConfig())
     described = data.describe_splits(splits)
     assert json.loads(json.dumps(described)) == described
     assert described["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert "CC0" in described["domains"]["novel"]["licence"]
+    assert described["domains"]["novel"]["licence"] == "CC0"
     assert described["domains"]["mine"]["licence"] is None
     assert sum(described["domains"]["mine"]["bytes"].values()) == 500
     changed = (*documents[:-1], Document(documents[-1].text[:-1] + b"\0", "mine", documents[-1].name))

@@ -11,6 +11,13 @@ class DataConfig:
       domains: built-in domains, keys of `moe_jax.data.BUILT_IN`.
       folders: folders of UTF-8 text: "name=path" makes one domain of every file below `path`; "path" alone makes a
         domain of each of its sub-folders.
+      tables: Parquet or Arrow files, or folders of them: "name=path" makes one domain of all rows; "path" alone takes
+        the domain of each row from a column.
+      hf: data sets of the Hugging Face hub, "dataset:split:column:subset" of which all but the first may be left out,
+        such as "roneneldan/TinyStories:train:text"; "name=…" names the domain.
+      table_columns: which columns of tables hold a document's text, its domain and its name; the last may be missing.
+      max_bytes_per_domain: of a domain with more text, only so much is taken: of folders and built-in text a sample
+        that depends on the documents' names only, of tables the first rows.
       python_bytes: how much of the interpreter's standard library the domain "python" reads, bytes.
       search_fraction: share of every domain's bytes that the search may see.
       selection_fraction: share on which the search's results are compared.
@@ -18,12 +25,16 @@ class DataConfig:
       seed: of the split; training order has its own key.
       sequence_length: S, the bytes that are predicted in a sequence.
       batch_size: B, sequences in a training batch.
-      domain_weights: share of each domain, in the order built-in then folders, in training batches; empty for equal
-        shares.
+      domain_weights: share of each domain, in the order built-in, folders, tables, hf, in training batches; empty for
+        equal shares.
     """
 
     domains: tuple[str, ...] = ("speeches", "novel", "mathematics", "python")
     folders: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+    hf: tuple[str, ...] = ()
+    table_columns: tuple[str, str, str] = ("text", "domain", "name")
+    max_bytes_per_domain: int | None = None
     python_bytes: int = 400_000
     search_fraction: float = 0.06
     selection_fraction: float = 0.06
@@ -39,8 +50,10 @@ class DataConfig:
         Raises:
           ValueError: naming the field, its value and what is expected.
         """
-        if not self.domains and not self.folders:
-            raise ValueError("domains and folders are both empty; name at least one domain or folder of text")
+        if not (self.domains or self.folders or self.tables or self.hf):
+            raise ValueError("domains, folders, tables and hf are all empty; name at least one source of text")
+        if self.max_bytes_per_domain is not None and self.max_bytes_per_domain < 1:
+            raise ValueError(f"max_bytes_per_domain is {self.max_bytes_per_domain}, expected at least 1, or None")
         for name in ("python_bytes", "sequence_length", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")

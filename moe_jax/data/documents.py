@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -18,12 +18,14 @@ class Document:
       domain: what kind of text it is.
       name: unique within the domain.
       ids: its tokens, `[N]` int32; None where the bytes are the tokens.
+      licence: under which it stands; None where that is not known.
     """
 
     text: bytes
     domain: str
     name: str
     ids: np.ndarray | None = dataclasses.field(default=None, compare=False)
+    licence: str | None = None
 
     @property
     def tokens(self) -> np.ndarray:
@@ -49,21 +51,34 @@ def drop_duplicates(documents: Sequence[Document]) -> tuple[Document, ...]:
     Returns:
       The documents that are left, in the same order.
     """
-    texts: set[bytes] = set()
-    first_owner: dict[bytes, int] = {}
+    first: dict[bytes, Document] = {}
+    for document in documents:
+        first.setdefault(document.text, document)
+    repeated = _repeated_hashes(first.values())
+    owned: set[bytes] = set()
     kept = []
-    for index, document in enumerate(documents):
-        if document.text in texts:
-            continue
-        texts.add(document.text)
-        lines = []
-        for line in document.text.splitlines(keepends=True):
-            content = line.strip()
-            if len(content) <= _LONG_LINE or first_owner.setdefault(content, index) == index:
-                lines.append(line)
-        if len(text := b"".join(lines)) >= 2:
-            kept.append(dataclasses.replace(document, text=text))
+    for document in first.values():
+        lines = {line for line in _long_lines(document.text) if hash(line) in repeated}
+        if foreign := lines & owned:
+            own = [line for line in document.text.splitlines(keepends=True) if line.strip() not in foreign]
+            document = dataclasses.replace(document, text=b"".join(own))
+        owned |= lines
+        if len(document.text) >= 2:
+            kept.append(document)
     return tuple(kept)
+
+
+def _long_lines(text: bytes) -> set[bytes]:
+    """Returns the lines that are long enough to be copies, without blanks at their ends."""
+    return {line for line in map(bytes.strip, text.splitlines()) if len(line) > _LONG_LINE}
+
+
+def _repeated_hashes(documents: Iterable[Document]) -> set[int]:
+    """Returns the hashes of long lines that several documents may have; they take a tenth of the lines' memory."""
+    lines = (_long_lines(document.text) for document in documents)
+    of_each = [np.fromiter(map(hash, found), np.int64, len(found)) for found in lines]
+    hashes = np.sort(np.concatenate([np.zeros(0, np.int64), *of_each]))
+    return set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
 
 
 def group_by_domain(documents: Sequence[Document]) -> dict[str, list[Document]]:

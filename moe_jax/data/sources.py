@@ -1,5 +1,6 @@
-"""Where documents come from: text shipped with the package, Python's own standard library, the user's folders."""
+"""Where documents come from: text shipped with the package, Python's own standard library, the user's own text."""
 
+import dataclasses
 import hashlib
 import importlib.resources
 import os
@@ -9,7 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moe_jax.data.config import DataConfig
-from moe_jax.data.documents import Document, domain_names, drop_duplicates
+from moe_jax.data.documents import Document, domain_names, drop_duplicates, group_by_domain
+from moe_jax.data.hub import read_hub
+from moe_jax.data.sample import FairSample
+from moe_jax.data.tables import read_tables
 
 # Tests and generated tables of the standard library are not code that anyone wrote to be read; the `_sysconfigdata`
 # files hold the paths of the machine that built the interpreter.
@@ -31,29 +35,48 @@ def load_documents(config: DataConfig) -> tuple[Document, ...]:
     """Reads every domain that the configuration names, without duplicates.
 
     Args:
-      config: `domains`, `folders` and `python_bytes` are read.
+      config: its fields up to `python_bytes` are read.
 
     Returns:
-      Documents, grouped by domain: the built-in ones, then the folders, each in the order of the configuration.
+      Documents, grouped by domain: the built-in ones, then folders, tables and the hub's data sets, each in the order
+      of the configuration.
 
     Raises:
-      ValueError: a domain is unknown or has too little text; a folder is missing, empty, not UTF-8, or named like
-        another domain. The message says what to do.
+      ValueError: a domain is unknown or has too little text; a source is missing, empty, not UTF-8, or has a domain
+        named like another's. The message says what to do.
     """
     documents: list[Document] = []
     for domain in dict.fromkeys(config.domains):
         if domain not in BUILT_IN:
             raise ValueError(f"domains names {domain!r}, which is not built in; known: {', '.join(BUILT_IN)}")
-        documents += BUILT_IN[domain].read(domain, config)
-    taken = set(BUILT_IN)
-    for entry in config.folders:
-        from_folder = read_folder(entry)
-        names = domain_names(from_folder)
+        read, licence = BUILT_IN[domain]
+        found = [dataclasses.replace(document, licence=licence) for document in read(domain, config)]
+        documents += _sample(found, config.max_bytes_per_domain)
+    taken = set(config.domains)
+    entries = [(field, entry) for field in _READERS for entry in getattr(config, field)]
+    for field, entry in entries:
+        found = _READERS[field](entry, config)
+        names = domain_names(found)
         if clash := taken.intersection(names):
-            raise ValueError(f"folders has {entry!r}, but {', '.join(sorted(clash))} is taken; write 'other-name=path'")
+            raise ValueError(f"{field} has {entry!r}, but {', '.join(sorted(clash))} is taken; name it 'other-name=…'")
         taken.update(names)
-        documents += from_folder
+        documents += found
     return drop_duplicates(documents)
+
+
+def _sample(documents: list[Document], max_bytes: int | None) -> list[Document]:
+    """Keeps of every domain what `max_bytes_per_domain` allows, in the former order."""
+    if max_bytes is None:
+        return documents
+    kept = []
+    for domain, members in group_by_domain(documents).items():
+        sample: FairSample[int] = FairSample(max_bytes)
+        for index, document in enumerate(members):
+            sample.add(document.name, index, len(document.text))
+        if not (chosen := sample.items()):
+            raise ValueError(f"max_bytes_per_domain is {max_bytes}, less than any document of domain {domain!r} has")
+        kept += [members[index] for index in sorted(chosen)]
+    return kept
 
 
 def read_shipped(domain: str, config: DataConfig | None = None) -> list[Document]:
@@ -172,4 +195,11 @@ BUILT_IN: dict[str, BuiltIn] = {
     "novel": BuiltIn(read_shipped, "CC0 1.0 (Moby Dick)"),
     "mathematics": BuiltIn(read_shipped, "CC0 1.0 (Metamath set.mm)"),
     "python": BuiltIn(read_standard_library, "PSF License Version 2 (read from the interpreter, not shipped)"),
+}
+
+# By field of the configuration; each makes documents of one entry.
+_READERS: dict[str, Callable[[str, DataConfig], list[Document]]] = {
+    "folders": lambda entry, config: _sample(read_folder(entry), config.max_bytes_per_domain),
+    "tables": lambda entry, config: read_tables(entry, config.table_columns, config.max_bytes_per_domain),
+    "hf": lambda entry, config: read_hub(entry, config.table_columns, config.max_bytes_per_domain),
 }

