@@ -23,6 +23,10 @@ class Batch(Protocol):
     def mask(self) -> np.ndarray:
         """`[B, S+1]` bool, false for padding."""
 
+    @property
+    def segments(self) -> np.ndarray | None:
+        """`[B, S+1]` int32 ids of the texts that share a row; None where a row is one text."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
@@ -81,7 +85,7 @@ def train(
     compiled = jax.jit(step, donate_argnums=0)
     number = int(state.step)
     for batch in batches:
-        state, metrics = compiled(state, batch.tokens, batch.mask, topology)
+        state, metrics = compiled(state, batch.tokens, batch.mask, topology, batch.segments)
         number += 1
         values = jax.tree.map(np.asarray, jax.device_get(metrics))
         _require_finite(number, values, last_saved)
