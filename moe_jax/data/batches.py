@@ -12,6 +12,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
 from moe_jax.data.config import DataConfig
 from moe_jax.data.documents import Document, domain_names
@@ -29,7 +30,7 @@ class Batch:
       mask: `[B, S+1]` bool; False is padding.
       domain: `[B]` int32 index into the documents' `domain_names`.
       document: `[B, S+1]` int32 index into the documents; -1 where masked.
-      segments: `[B, S+1]` int32: texts that share a row are numbered from 1, padding is 0. None if each row is one text.
+      segments: `[B, S+1]` int32: texts that share a row are numbered from 1, padding is 0; None if a row is one text.
     """
 
     tokens: np.ndarray
@@ -82,6 +83,8 @@ def train_batches(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
     )
     if config.workers:
+        if not flags.FLAGS.is_parsed():  # grain looks at absl's flags, and our command lines have none of them
+            flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=8))
     return iter(dataset)
 

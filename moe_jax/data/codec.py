@@ -70,8 +70,8 @@ def _byte_level_token_bytes(tokenizer: Tokenizer) -> np.ndarray | None:
     counts = np.zeros(1 + max(vocabulary.values(), default=-1), np.int64)
     for token, index in vocabulary.items():
         counts[index] = len(token)
-    for index, token in added.items():
-        counts[index] = 0 if token.special else len(token.content.encode())
+    for index, extra in added.items():
+        counts[index] = 0 if extra.special else len(extra.content.encode())
     return counts
 
 

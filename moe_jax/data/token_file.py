@@ -1,13 +1,14 @@
 """Tokens of a large text: made once, kept in the user's cache folder, mapped into memory by every process that reads.
 
-A folder `<digest of texts and tokenizer>` holds `tokens`, one flat array of all documents, and `offsets.npy`, where each
-of them begins. It appears whole or not at all, and may be deleted when nobody trains.
+A folder `<digest of texts and tokenizer>` holds `tokens`, one flat array of all documents, and `offsets.npy`, where
+each of them begins. It appears whole or not at all, and may be deleted when nobody trains.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import os
 import shutil
 import tempfile
@@ -110,7 +111,7 @@ def store_tokens(
             shutil.rmtree(partial, ignore_errors=True)
     offsets = np.load(folder / "offsets.npy").tolist()
     file = TokenFile(folder / "tokens", np.dtype(dtype))
-    return [TokenSpan(file, start, stop) for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [TokenSpan(file, start, stop) for start, stop in itertools.pairwise(offsets)]
 
 
 def _write(folder: Path, dtype: np.dtype, parts: Iterable[np.ndarray]) -> None:
