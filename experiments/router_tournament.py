@@ -129,7 +129,7 @@ class Tournament:
         batch = next(iter(train_batches(self.splits["train"], self.data, self.batch_key, 0, 1)))
 
         def call() -> None:
-            states[0], _ = compiled(states[0], batch.tokens, batch.mask, None)
+            states[0], _ = compiled(states[0], batch.tokens, batch.mask, None, batch.segments)
             jax.block_until_ready(states[0])
 
         return call

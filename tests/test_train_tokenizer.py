@@ -22,6 +22,7 @@ from moe_jax.training.evaluation import LOG2, bits_per_byte
 SPEECHES = data.load_documents(DataConfig(domains=("speeches",)))
 TEXTS = [document.text.decode() for document in SPEECHES]
 TOKENIZER = data.train_tokenizer(TEXTS, 600)
+TOKEN_BYTES = TOKENIZER.token_bytes()
 
 
 def test_the_same_text_gives_the_same_file_in_another_process():
@@ -42,7 +43,7 @@ def test_the_same_text_gives_the_same_file_in_another_process():
 def test_any_text_comes_back_and_every_byte_counts_once(text):
     ids = TOKENIZER.encode(text)
     assert TOKENIZER.decode(ids) == text
-    assert TOKENIZER.token_bytes()[ids].sum() == len(text.encode())
+    assert TOKEN_BYTES[ids].sum() == len(text.encode())
 
 
 def test_it_has_the_asked_size_and_shortens_text():
@@ -69,14 +70,14 @@ def test_documents_end_with_the_end_of_text_and_keep_count_of_their_bytes():
 def test_bits_per_byte_by_hand():
     """Tokens of 5, 1, 2 and 0 bytes. Windows of 2 targets score (1, 2) and (0): 3 bytes, for which 9 bits are spent."""
     table = np.array([0, 1, 2, 5])
-    known = Document(b"eightbyt", "d", "0", np.array([3, 1, 2, 0], np.int32), table)
+    known = Document(b"eightbyt", "d", "0", np.array([3, 1, 2, 0], np.int32), token_bytes=table)
     packed = data.pack([known], 2)
     np.testing.assert_array_equal(packed.num_bytes, [3, 0])
     bits = bits_per_byte(packed, LOG2 * np.array([6.0, 3.0]), packed.num_bytes)
     assert bits["all"] == bits["d"] == pytest.approx(3.0)
     # Where the tokenizer does not tell, or what it tells is not the text, 8 bytes are 2 for each of 4 tokens.
     for vague in (None, table + 1):
-        spread = data.pack([Document(known.text, "d", "0", known.ids, vague)], 2)
+        spread = data.pack([Document(known.text, "d", "0", known.ids, token_bytes=vague)], 2)
         np.testing.assert_array_equal(spread.num_bytes, [4, 2])
     np.testing.assert_array_equal(data.pack([Document(b"abcd", "d", "0")], 2).num_bytes, [2, 1])
 
