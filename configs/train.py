@@ -17,5 +17,6 @@ def get_config() -> ConfigDict:
     config.model.update({"layers": ("moe", "moe"), "num_experts": 8, "expert_hidden": 128})
     config.optimizer.heal_fraction = 0.0
     config.optimizer.update({"learning_rate": 4e-3, "warmup_steps": 50, "weight_decay": 0.1})
+    config.data.update({"tokenizer": "", "packing": "crop", "domain_temperature": None, "workers": 0})
     config.training = ConfigDict({"steps": 600, "checkpoint_every": 100})
     return config

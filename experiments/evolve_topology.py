@@ -67,7 +67,7 @@ def compute_results(lab: Lab) -> dict[str, Any]:
         heal_row(lab, role, name, losses[name][seed], state, topology)
         for role, (name, seed, topology) in chosen.items()
     ]
-    model_bits = bits_per_byte(lab.test, losses[UNTOUCHED][0], lab.test.is_scored.sum(1))
+    model_bits = bits_per_byte(lab.test, losses[UNTOUCHED][0], lab.test.num_bytes)
     best = next(method for method in compared["methods"] if method["name"] == evolved)
     return {
         "title": "Evolving the routing topology of a byte-level mixture of experts",
@@ -94,7 +94,7 @@ def heal_row(
     """One-shot (`[N]` summed losses) and healed loss of a topology on the test split."""
     test, healed = lab.test, heal(lab, role, state, topology)
     after = bits_per_byte(test, *lab.evaluate(model_state(healed), test, topology))
-    before = bits_per_byte(test, one_shot, test.is_scored.sum(1))
+    before = bits_per_byte(test, one_shot, test.num_bytes)
     return {
         "name": name,
         "steps": lab.training.heal_steps,

@@ -129,7 +129,7 @@ class Tournament:
         batch = next(iter(train_batches(self.splits["train"], self.data, self.batch_key, 0, 1)))
 
         def call() -> None:
-            states[0], _ = compiled(states[0], batch.tokens, batch.mask, None)
+            states[0], _ = compiled(states[0], batch.tokens, batch.mask, None, batch.segments)
             jax.block_until_ready(states[0])
 
         return call
@@ -161,9 +161,9 @@ class Tournament:
             batches = train_batches(self.splits["train"], self.data, self.batch_key, 0, self.steps)
             mark = max(1, round(0.9 * self.steps))
             state = train(state, step, batches, checkpoint_every=mark, save=probe, record=record)
-        nll, targets = make_evaluator(model_graphdef, batch_size=32)(model_state(state), self.test)
+        nll, num_bytes = make_evaluator(model_graphdef, batch_size=32)(model_state(state), self.test)
         result = {
-            "bits_per_byte": float(nll.sum() / targets.sum() / LOG2),
+            "bits_per_byte": float(nll.sum() / num_bytes.sum() / LOG2),
             "nll": [float(x) for x in nll],
             "seconds": time.perf_counter() - start,
         }
@@ -196,7 +196,7 @@ def measure_routing(plans: list[np.ndarray], num_experts: int) -> dict[str, floa
 def summarise(tournament: Tournament, entries: list[Entry], played: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The results, best first, each with its paired difference to the reference."""
     test, config = tournament.test, tournament.run.config
-    targets = test.is_scored.sum(1)
+    num_bytes = test.num_bytes
     mean_nll = {name: np.mean([seed["nll"] for seed in done["seeds"]], axis=0) for name, done in played.items()}
     rows = []
     for entry in entries:
@@ -210,7 +210,7 @@ def summarise(tournament: Tournament, entries: list[Entry], played: dict[str, di
         cost = model_cost(entry.model, tournament.data.sequence_length, choices)
         row |= {"flops_per_token": float(cost.flops), "parameters": int(cost.parameters)}
         if entry.name != config.reference:
-            row["against_reference"] = compare_losses(test, mean_nll[entry.name], mean_nll[config.reference], targets)
+            row["against_reference"] = compare_losses(test, mean_nll[entry.name], mean_nll[config.reference], num_bytes)
         rows.append(row)
     rows.sort(key=lambda row: np.mean(row["bits_per_byte"]))
     best = rows[0]

@@ -51,7 +51,7 @@ def compare_methods(
       the baseline with the lowest KL on the selection split.
     """
     lab, test = search.lab, search.lab.test
-    targets = test.is_scored.sum(1)
+    num_bytes = test.num_bytes
     mean = {name: loss.mean(axis=0) for name, loss in losses.items()}
     single = {name: runs for name, runs in found.items() if name not in FRONTS}
     with lab.timed("test"), bar(lab.display, "selection split, fronts", 2) as progress:
@@ -61,17 +61,17 @@ def compare_methods(
         progress.advance()
     for row in methods:
         loss = mean[row["name"]]
-        row["test_bpb"] = (losses[row["name"]].sum(axis=1) / targets.sum() / LOG2).tolist()
-        row["test_bpb_interval"] = list(document_interval(test, loss, targets)[1:])
-        estimate, *ends = document_interval(test, loss - mean[UNTOUCHED], targets)
+        row["test_bpb"] = (losses[row["name"]].sum(axis=1) / num_bytes.sum() / LOG2).tolist()
+        row["test_bpb_interval"] = list(document_interval(test, loss, num_bytes)[1:])
+        estimate, *ends = document_interval(test, loss - mean[UNTOUCHED], num_bytes)
         row["delta_vs_full"] = {"estimate": estimate, "interval": ends}
         if row["kind"] == "evolved":
             row["comparisons"] = [
-                {"against": rival, **compare_losses(test, loss, mean[rival], targets)}
+                {"against": rival, **compare_losses(test, loss, mean[rival], num_bytes)}
                 for rival in single
                 if rival not in EVOLVED
             ]
-    full = bits_per_byte(test, mean[UNTOUCHED], targets)
+    full = bits_per_byte(test, mean[UNTOUCHED], num_bytes)
     reference = {
         "name": UNTOUCHED,
         "kind": "reference",

@@ -84,8 +84,8 @@ def train_model(lab: Lab) -> TrainState:
     evaluation = MetricsWriter(lab.run.path, "evaluate")
 
     def on_save(step: int, state: TrainState) -> None:
-        nll, targets = lab.evaluate(model_state(state), lab.selection, lab.open_topology)
-        evaluation.append(step, {"bits_per_byte": nll.sum() / targets.sum() / LOG2})
+        nll, num_bytes = lab.evaluate(model_state(state), lab.selection, lab.open_topology)
+        evaluation.append(step, {"bits_per_byte": nll.sum() / num_bytes.sum() / LOG2})
         evaluation.flush()
 
     with lab.timed("train"):

@@ -4,6 +4,7 @@ Examples:
   python -m experiments.train
   python -m experiments.train --config.model.num_experts=32 --config.training.steps=2000
   python -m experiments.train --config.data.folders=mine=path/to/text --workdir runs/mine
+  python -m experiments.train --config.data.tokenizer=bpe:4096 --config.model.vocab_size=4096 --config.data.packing=pack
   python -m experiments.train --workdir runs/mine --resume
   python -m experiments.train --config configs/train_mesh.py
 """
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from experiments.text import read_text
+from experiments.text import read_tokens
 from moe_jax.data import DataConfig, pack, train_batches
 from moe_jax.hosts import is_first_host
 from moe_jax.models.config import DecoderConfig
@@ -56,11 +57,12 @@ def train_model(run: RunFolder, display: Progress) -> dict[str, Any]:
     mesh = None if devices.size == 1 else devices
     execution = Execution(mesh, training.remat)
     init_key, batch_key, noise_key = jax.random.split(jax.random.key(config.seed), 3)
-    splits = read_text(data)
+    splits = read_tokens(data, model.vocab_size, run.path, display)
     held_out = {
         name: pack(splits[name], data.sequence_length, context=data.sequence_length // 4)
         for name in ("selection", "test")
     }
+    bytes_per_token = held_out["selection"].num_bytes.sum() / held_out["selection"].is_scored.sum()
     optimizer = make_optimizer(section(OptimizerConfig, config.optimizer, "config.optimizer"), training.steps)
     graphdef, initial = init_state(lambda key: Decoder(model, key=key, execution=execution), init_key, optimizer, mesh)
     evaluate = make_evaluator(nnx.graphdef(merge_model(graphdef, initial)), batch_size=32, mesh=mesh)
@@ -70,8 +72,8 @@ def train_model(run: RunFolder, display: Progress) -> dict[str, Any]:
         return evaluate(nnx.merge_state(state.params, state.balance), held_out[split])
 
     def on_save(step: int, state: TrainState) -> None:
-        nll, targets = measure("selection", state)
-        evaluation.append(step, {"bits_per_byte": nll.sum() / targets.sum() / LOG2})
+        nll, num_bytes = measure("selection", state)
+        evaluation.append(step, {"bits_per_byte": nll.sum() / num_bytes.sum() / LOG2})
         evaluation.flush()
 
     state = train_stage(
@@ -83,7 +85,7 @@ def train_model(run: RunFolder, display: Progress) -> dict[str, Any]:
         lambda start: train_batches(splits["train"], data, batch_key, start, training.steps),
         steps=training.steps,
         checkpoint_every=training.checkpoint_every,
-        note=lambda values: f"{values['cross_entropy'] / LOG2:.2f} bits/byte",
+        note=lambda values: f"{values['cross_entropy'] / LOG2 / bytes_per_token:.2f} bits/byte",
         on_start=evaluation.truncate_after,
         on_save=on_save,
         mesh=mesh,

@@ -69,8 +69,7 @@ class Lab:
             tokenizer = find_tokenizer(folder, self.parent.config.vocab_size)
             self.splits = {name: tokenize(documents, tokenizer) for name, documents in self.splits.items()}
         self.test = pack(self.splits["test"], self.data.sequence_length, context=self.data.sequence_length // 4)
-        documents = self.splits["test"]
-        self.bytes_per_token = sum(len(one.text) for one in documents) / sum(len(one.tokens) for one in documents)
+        self.bytes_per_token = self.test.num_bytes.sum() / self.test.is_scored.sum()
         if not config.parent:
             self.parent = self._train_parent()
 
@@ -124,10 +123,10 @@ class Lab:
     def measure(self, model: Decoder) -> dict[str, Any]:
         """Bits per byte of the test split, nats of each of its windows, and the forward FLOPs of a token."""
         graphdef, state = nnx.split(model)
-        nll, targets = make_evaluator(graphdef, batch_size=16)(state, self.test)
+        nll, num_bytes = make_evaluator(graphdef, batch_size=16)(state, self.test)
         cost = model_cost(model.config, self.data.sequence_length)
         return {
-            "bits_per_byte": float(nll.sum() / targets.sum() / LOG2 / self.bytes_per_token),
+            "bits_per_byte": float(nll.sum() / num_bytes.sum() / LOG2),
             "nll": [float(x) for x in nll],
             "flops_per_token": float(cost.flops),
             "parameters": int(cost.parameters),
@@ -152,7 +151,6 @@ def contestants_of(config: ConfigDict, parent: DecoderConfig, sequence_length: i
 
 def summarise(lab: Lab, contestants: list[Contestant], played: dict[str, list[dict]]) -> dict[str, Any]:
     """The results, best first, each with its difference to continued dense training, paired by document."""
-    targets = lab.test.is_scored.sum(1)
     mean_nll = {name: np.mean([seed["nll"] for seed in seeds], axis=0) for name, seeds in played.items()}
     rows = []
     for contestant in contestants:
@@ -161,9 +159,9 @@ def summarise(lab: Lab, contestants: list[Contestant], played: dict[str, list[di
         row |= {key: seeds[0][key] for key in ("flops_per_token", "parameters", "receipt")}
         row["bits_per_byte"] = [seed["bits_per_byte"] for seed in seeds]
         if contestant.name != DENSE:
-            paired = compare_losses(lab.test, mean_nll[contestant.name], mean_nll[DENSE], targets)
-            per_byte = {key: np.asarray(paired[key]) / lab.bytes_per_token for key in ("difference", "interval")}
-            row["against_dense"] = paired | {key: value.tolist() for key, value in per_byte.items()}
+            row["against_dense"] = compare_losses(
+                lab.test, mean_nll[contestant.name], mean_nll[DENSE], lab.test.num_bytes
+            )
         rows.append(row)
     rows.sort(key=lambda row: np.mean(row["bits_per_byte"]))
     return {

@@ -23,23 +23,25 @@ def test_equals_log_probabilities_summed_in_numpy(topology):
     tokens = rng.integers(0, 20, (7, 9)).astype(np.uint8)
     mask = np.arange(9)[None, :] < rng.integers(1, 10, (7, 1))
     is_scored = mask[:, 1:] & (np.arange(8) >= 2)[None, :]
-    sequences = Sequences(tokens, mask, is_scored, np.zeros(7, int), np.zeros(7, int), ("synthetic",))
+    sequences = Sequences(
+        tokens, mask, is_scored, np.zeros(7, int), np.zeros(7, int), ("synthetic",), 3 * is_scored.sum(1)
+    )
     graphdef, state = nnx.split(Decoder(CONFIG, key=jax.random.key(0)))
-    nll, targets = make_evaluator(graphdef, batch_size=4)(state, sequences, topology)
+    nll, num_bytes = make_evaluator(graphdef, batch_size=4)(state, sequences, topology)
     logits, _ = nnx.merge(graphdef, state)(tokens[:, :-1].astype(np.int32), mask[:, :-1], topology)
     log_probabilities = np.asarray(jax.nn.log_softmax(logits))
     for row in range(7):
         counted = [s for s in range(8) if is_scored[row, s]]
         expected = -sum(log_probabilities[row, s, tokens[row, s + 1]] for s in counted)
         np.testing.assert_allclose(nll[row], expected, rtol=1e-4, atol=1e-5)
-        assert targets[row] == len(counted)
+        assert num_bytes[row] == 3 * len(counted)
 
 
 def scored(document, domain):
     """Sequences of which only the owners are read."""
     empty = np.zeros((len(document), 3), np.uint8)
     owners = np.asarray(document, np.int32), np.asarray(domain, np.int32)
-    return Sequences(empty, empty > 0, empty[:, 1:] > 0, owners[1], owners[0], ("prose", "code"))
+    return Sequences(empty, empty > 0, empty[:, 1:] > 0, owners[1], owners[0], ("prose", "code"), empty[:, 0])
 
 
 def test_bits_per_byte_weigh_every_byte_alike():

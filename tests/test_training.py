@@ -231,7 +231,9 @@ def test_norm_scales_do_not_decay():
 def batches(count, poison=None):
     for number in range(count):
         tokens, mask = batch(number)
-        yield types.SimpleNamespace(tokens=tokens if number != poison else np.full_like(tokens, 31), mask=mask)
+        yield types.SimpleNamespace(
+            tokens=tokens if number != poison else np.full_like(tokens, 31), mask=mask, segments=None
+        )
 
 
 def test_loop_records_every_step_and_saves_on_time():
@@ -254,7 +256,7 @@ def test_non_finite_loss_stops_with_step_cause_and_checkpoint():
     params = jax.tree.map(lambda leaf: leaf, state.params)
     params["embedding"] = params["embedding"].replace(params["embedding"][...].at[:, 31].set(jnp.inf))
     clean = [
-        types.SimpleNamespace(tokens=np.minimum(b.tokens, 30) if n != 4 else b.tokens, mask=b.mask)
+        types.SimpleNamespace(tokens=np.minimum(b.tokens, 30) if n != 4 else b.tokens, mask=b.mask, segments=None)
         for n, b in enumerate(batches(7, poison=4))
     ]
     saved = []

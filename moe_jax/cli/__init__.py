@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from moe_jax.cli import export_model, generate, import_model, inspect_model, report, rules, runs
+from moe_jax.cli import export_model, generate, import_model, inspect_model, report, rules, runs, train_tokenizer
 from moe_jax.errors import MendableError
 from moe_jax.runs import ConfigError
 
@@ -18,6 +18,7 @@ _EXAMPLES = """examples:
   moe-jax import mistralai/Mixtral-8x7B-v0.1 models/m   opens a public checkpoint
   moe-jax inspect models/m --text book.txt              what it is, and how it routes a text
   moe-jax generate models/m --prompt "Once upon"        continues a text
+  moe-jax train-tokenizer tokenizers/mine book.txt      learns a byte-level BPE
 
 Experiments are modules of their own: python -m experiments.evolve_topology --help
 """
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (runs, report, rules, import_model, export_model, inspect_model, generate):
+    for command in (runs, report, rules, import_model, export_model, inspect_model, generate, train_tokenizer):
         command.add_command(commands)
     try:
         arguments = parser.parse_args(argv)

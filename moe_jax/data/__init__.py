@@ -1,6 +1,6 @@
 """Text as bytes: documents by domain, disjoint splits, batches in a reproducible order, and a byte n-gram baseline.
 
-Text as tokens of other models: `open_tokenizer`, with chat templates and streams.
+Text as tokens of other models: `open_tokenizer`, with chat templates and streams; or of one's own: `train_tokenizer`.
 
 documents = load_documents(config)
 splits = split_documents(documents, config)
@@ -13,6 +13,7 @@ from moe_jax.data import ngram
 from moe_jax.data.batches import Batch, train_batches
 from moe_jax.data.config import DataConfig
 from moe_jax.data.documents import Document, domain_names, drop_duplicates
+from moe_jax.data.encoding import tokenize
 from moe_jax.data.sequences import Sequences, balanced_subset, pack
 from moe_jax.data.smollm2 import fetch_smollm2
 from moe_jax.data.sources import BUILT_IN, load_documents
@@ -23,8 +24,8 @@ from moe_jax.data.tokenizer import (
     byte_tokenizer,
     find_tokenizer,
     open_tokenizer,
-    tokenize,
 )
+from moe_jax.data.train_tokenizer import train_tokenizer
 
 __all__ = [
     "BUILT_IN",
@@ -49,4 +50,5 @@ __all__ = [
     "split_documents",
     "tokenize",
     "train_batches",
+    "train_tokenizer",
 ]

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 
@@ -15,17 +16,22 @@ class Codec(NamedTuple):
 
     Attributes:
       encode: `(text, add_special_tokens) -> ids`. A special token that is written out in the text becomes its one id.
+      encode_all: the same for a list of texts, on all cores where the library can.
       decode: `(ids, skip_special_tokens) -> text`. Bytes that are no UTF-8 become U+FFFD.
       token_id: `token -> id`, None for one that the vocabulary does not have.
       vocab_size: V, one more than the largest id.
       special_tokens: those that the file itself names, such as `{"bos_token": "<s>"}`.
+      token_bytes: gives `[V]` int64, the bytes of text that a token stands for, 0 for special ones; None where that
+        depends on what is around it.
     """
 
     encode: Callable[[str, bool], list[int]]
+    encode_all: Callable[[list[str], bool], list[list[int]]]
     decode: Callable[[Sequence[int], bool], str]
     token_id: Callable[[str], int | None]
     vocab_size: int
     special_tokens: Mapping[str, str]
+    token_bytes: Callable[[], np.ndarray | None]
 
 
 def tokenizers_codec(json: bytes) -> Codec:
@@ -45,11 +51,28 @@ def tokenizers_codec(json: bytes) -> Codec:
         raise ValueError(f"tokenizer.json describes no tokenizer: {error}") from error
     return Codec(
         encode=lambda text, add_special_tokens: tokenizer.encode(text, add_special_tokens=add_special_tokens).ids,
+        encode_all=lambda texts, add_special_tokens: [
+            one.ids for one in tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        ],
         decode=lambda ids, skip_special_tokens: tokenizer.decode(ids, skip_special_tokens=skip_special_tokens),
         token_id=tokenizer.token_to_id,
         vocab_size=1 + max(tokenizer.get_vocab().values(), default=-1),
         special_tokens={},
+        token_bytes=lambda: _byte_level_token_bytes(tokenizer),
     )
+
+
+def _byte_level_token_bytes(tokenizer: Tokenizer) -> np.ndarray | None:
+    """`[V]` int64 bytes of each token, which a byte-level vocabulary writes with one character a byte."""
+    if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+        return None
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_tokens_decoder()
+    counts = np.zeros(1 + max(vocabulary.values(), default=-1), np.int64)
+    for token, index in vocabulary.items():
+        counts[index] = len(token)
+    for index, extra in added.items():
+        counts[index] = 0 if extra.special else len(extra.content.encode())
+    return counts
 
 
 def sentencepiece_codec(model: bytes, adds_bos: bool, adds_eos: bool) -> Codec:
@@ -101,7 +124,10 @@ def sentencepiece_codec(model: bytes, adds_bos: bool, adds_eos: bool) -> Codec:
         index = processor.PieceToId(token)
         return index if processor.IdToPiece(index) == token else None
 
-    return Codec(encode, decode, token_id, vocab_size, special_tokens)
+    def encode_all(texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        return [encode(text, add_special_tokens) for text in texts]
+
+    return Codec(encode, encode_all, decode, token_id, vocab_size, special_tokens, lambda: None)
 
 
 def byte_tokenizer_json() -> bytes:

@@ -1,6 +1,8 @@
 """What a run says about its data."""
 
 import dataclasses
+import re
+from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +27,14 @@ class DataConfig:
       seed: of the split; training order has its own key.
       sequence_length: S, the bytes that are predicted in a sequence.
       batch_size: B, sequences in a training batch.
-      domain_weights: share of each domain, in the order built-in, folders, tables, hf, in training batches; empty for
-        equal shares.
+      domain_weights: share of each domain, in the order built-in, folders, tables, hf, in training batches; empty to
+        go by `domain_temperature`.
+      domain_temperature: T: shares go as a domain's bytes to the power 1/T, so 1 is in proportion and more is more even
+        (1907.05019, section 3.2); None for equal shares.
+      packing: "crop" draws random runs of documents; "pack" uses every document whole, once an epoch, several in a row.
+      tokenizer: "" for bytes; a folder with the tokenizer of a model; or "bpe:4096", a byte-level BPE of 4,096 tokens,
+        trained on the training split and kept in the run's folder.
+      workers: processes that make batches ahead of training; 0 for a thread of its own. The batches are the same.
     """
 
     domains: tuple[str, ...] = ("speeches", "novel", "mathematics", "python")
@@ -43,6 +51,10 @@ class DataConfig:
     sequence_length: int = 128
     batch_size: int = 32
     domain_weights: tuple[float, ...] = ()
+    domain_temperature: float | None = None
+    packing: Literal["crop", "pack"] = "crop"
+    tokenizer: str = ""
+    workers: int = 0
 
     def __post_init__(self) -> None:
         """Refuses values that make no sense.
@@ -57,8 +69,15 @@ class DataConfig:
         for name in ("python_bytes", "sequence_length", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}, expected at least 0")
+        for name in ("seed", "workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
+        if self.domain_temperature is not None and not 0 < self.domain_temperature < float("inf"):
+            raise ValueError(f"domain_temperature is {self.domain_temperature}, expected a number above 0, or None")
+        if self.packing not in ("crop", "pack"):
+            raise ValueError(f"packing is {self.packing!r}, expected 'crop' or 'pack'")
+        if self.tokenizer.startswith("bpe:") and not re.fullmatch(r"bpe:[1-9][0-9]*", self.tokenizer):
+            raise ValueError(f"tokenizer is {self.tokenizer!r}, expected 'bpe:' and a number of tokens")
         held_out = (self.search_fraction, self.selection_fraction, self.test_fraction)
         if not (min(held_out) > 0 and sum(held_out) < 1):
             raise ValueError(

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from moe_jax.data.token_file import TokenSpan
+
 _LONG_LINE = 30  # bytes; shorter lines recur by chance, longer ones are headers and copies
 
 
@@ -17,20 +19,37 @@ class Document:
       text: its bytes.
       domain: what kind of text it is.
       name: unique within the domain.
-      ids: its tokens, `[N]` int32; None where the bytes are the tokens.
       licence: under which it stands; None where that is not known.
+      ids: its tokens, `[N]` ints or a span of a file; None where the bytes are the tokens.
+      token_bytes: `[V]` int64, the bytes that each id stands for, or None if the tokenizer does not tell.
     """
 
     text: bytes
     domain: str
     name: str
-    ids: np.ndarray | None = dataclasses.field(default=None, compare=False)
     licence: str | None = None
+    ids: np.ndarray | TokenSpan | None = dataclasses.field(default=None, compare=False)
+    token_bytes: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def tokens(self) -> np.ndarray:
-        """Its tokens, `[N]` int32, or uint8 where they are the bytes."""
-        return np.frombuffer(self.text, np.uint8) if self.ids is None else self.ids
+        """Its tokens, `[N]` uint8, uint16 or int32."""
+        if self.ids is None:
+            return np.frombuffer(self.text, np.uint8)
+        return self.ids.tokens if isinstance(self.ids, TokenSpan) else self.ids
+
+    @property
+    def byte_counts(self) -> np.ndarray:
+        """`[N]` int64, the bytes of the text that each token stands for; their sum is the text's length.
+
+        Exact where the bytes are the tokens, or `token_bytes` adds up to the text; else the bytes are spread evenly.
+        """
+        if self.ids is None:
+            return np.ones(len(self.text), np.int64)
+        tokens = self.tokens
+        if self.token_bytes is not None and (counts := self.token_bytes[tokens]).sum() == len(self.text):
+            return counts
+        return np.diff(np.arange(len(tokens) + 1) * len(self.text) // max(len(tokens), 1))
 
 
 def domain_names(documents: Sequence[Document]) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ class Sequences:
       domain: `[N]` int32 index into `domain_names`.
       document: `[N]` int32 index into the packed documents.
       domain_names: names of the domains.
+      num_bytes: `[N]` int64, the bytes of text that the scored targets stand for.
     """
 
     tokens: np.ndarray
@@ -29,6 +30,7 @@ class Sequences:
     domain: np.ndarray
     document: np.ndarray
     domain_names: tuple[str, ...]
+    num_bytes: np.ndarray
 
     def __len__(self) -> int:
         """Returns N."""
@@ -57,7 +59,7 @@ def pack(documents: Sequence[Document], sequence_length: int, context: int = 0) 
         raise ValueError(f"context={context} must be in [0, sequence_length={sequence_length})")
     stride = sequence_length - context
     names = domain_names(documents)
-    tokens, masks, scored, domains, owners = [], [], [], [], []
+    tokens, masks, scored, domains, owners, num_bytes = [], [], [], [], [], []
     for index, document in enumerate(documents):
         text = document.tokens
         if len(text) < 2:
@@ -66,10 +68,14 @@ def pack(documents: Sequence[Document], sequence_length: int, context: int = 0) 
         padded = np.zeros((num_windows - 1) * stride + sequence_length + 1, text.dtype)
         padded[: len(text)] = text
         is_text = np.arange(len(padded)) < len(text)
+        bytes_of = np.zeros(len(padded), np.int64)
+        bytes_of[: len(text)] = document.byte_counts
         tokens.append(sliding_window_view(padded, sequence_length + 1)[::stride])
         masks.append(sliding_window_view(is_text, sequence_length + 1)[::stride])
         is_new = (np.arange(sequence_length)[None, :] >= context) | (np.arange(num_windows)[:, None] == 0)
         scored.append(masks[-1][:, 1:] & is_new)
+        windows = sliding_window_view(bytes_of, sequence_length + 1)[::stride]
+        num_bytes.append((windows[:, 1:] * scored[-1]).sum(1))
         domains += [names.index(document.domain)] * num_windows
         owners += [index] * num_windows
     if not tokens:
@@ -83,6 +89,7 @@ def pack(documents: Sequence[Document], sequence_length: int, context: int = 0) 
         np.array(domains, np.int32),
         np.array(owners, np.int32),
         names,
+        np.concatenate(num_bytes),
     )
 
 
@@ -115,6 +122,7 @@ def balanced_subset(sequences: Sequences, per_domain: int, key: jax.Array) -> Se
         is_scored=sequences.is_scored[rows],
         domain=sequences.domain[rows],
         document=sequences.document[rows],
+        num_bytes=sequences.num_bytes[rows],
     )
 
 

@@ -10,7 +10,6 @@ print(stream.finish())
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_jax.data.codec import Codec, byte_tokenizer_json, sentencepiece_codec, tokenizers_codec
-from moe_jax.data.documents import Document
 
 if TYPE_CHECKING:
     from moe_jax.data.chat import Message
@@ -70,17 +68,6 @@ def byte_tokenizer() -> TextTokenizer:
     return TextTokenizer(files, origin="the byte tokenizer")
 
 
-def tokenize(documents: Sequence[Document], tokenizer: TextTokenizer) -> tuple[Document, ...]:
-    """Gives documents the ids of a tokenizer, its beginning and end of text included if it adds them.
-
-    Bytes that are no UTF-8 become U+FFFD.
-    """
-    return tuple(
-        dataclasses.replace(one, ids=np.array(tokenizer.encode(one.text.decode(errors="replace")), np.int32))
-        for one in documents
-    )
-
-
 class TextTokenizer:
     """A tokenizer with its special tokens and chat template.
 
@@ -126,6 +113,14 @@ class TextTokenizer:
           The ids.
         """
         return self._codec.encode(text, add_special_tokens)
+
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """Turns texts into ids, on all cores if it can; as `encode`."""
+        return self._codec.encode_all(texts, True)
+
+    def token_bytes(self) -> np.ndarray | None:
+        """`[V]` int64, the bytes of text that each token stands for, special ones for 0; None if that depends."""
+        return self._codec.token_bytes()
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Turns ids into text; bytes that are no UTF-8 become U+FFFD."""

@@ -60,6 +60,7 @@ class Decoder(nnx.Module):
         key: Array | None = None,
         forced: RoutingPlan | None = None,
         force: Force = "exact",
+        segments: Array | None = None,
     ) -> tuple[Array, RouterOutput]:
         """Next-token logits.
 
@@ -72,12 +73,14 @@ class Decoder(nnx.Module):
           key: consumed by routers that draw in training; None means evaluation.
           forced: a plan `[L, T, K]` that routes instead of the rules, such as one recorded at trace level "topk".
           force: "exact" takes the plan's experts and gates, "ids" its experts, with gates from this model's logits.
+          segments: `[B, S]` int32; each run of equal ids is a text of its own: it sees nothing of the others and its
+            positions begin at 0. None where a sequence is one text. Rules whose groups are sequences still see one.
 
         Returns:
           `[B, S, V]` float32 logits, and the router output with a leading `[L]` over the MoE layers.
         """
         x, routed = self.run_layers(
-            self.embed(tokens, token_mask),
+            self.embed(tokens, token_mask, segments),
             0,
             len(self.config.layers),
             token_mask,
@@ -88,18 +91,22 @@ class Decoder(nnx.Module):
             key=key,
             forced=forced,
             force=force,
+            segments=segments,
         )
         return self.logits(x), routed
 
-    def embed(self, tokens: Array, token_mask: Array | None = None) -> Array:
-        """`[B, S]` ids to `[B, S, D]` in the compute dtype; masked tokens and a sequence's start add no context."""
+    def embed(self, tokens: Array, token_mask: Array | None = None, segments: Array | None = None) -> Array:
+        """`[B, S]` ids to `[B, S, D]` in the compute dtype; masked tokens and what precedes a text add no context."""
         tables, dtype = self.embedding[...], self.config.compute_dtype
         is_token = jnp.ones(tokens.shape, bool) if token_mask is None else token_mask
         x = tables[0, tokens].astype(dtype)
         for distance in range(1, len(tables)):
             shift = ((0, 0), (distance, 0))
             earlier = tables[distance, jnp.pad(tokens, shift)[:, :-distance]].astype(dtype)
-            x += earlier * jnp.pad(is_token, shift)[:, :-distance, None]
+            adds = jnp.pad(is_token, shift)[:, :-distance, None]
+            if segments is not None:
+                adds &= (jnp.pad(segments, shift)[:, :-distance] == segments)[..., None]
+            x += earlier * adds
         return x if self.config.embedding_scale == 1 else x * self.config.embedding_scale
 
     def layer(self, index: int) -> Block:
@@ -135,6 +142,7 @@ class Decoder(nnx.Module):
         key: Array | None = None,
         forced: RoutingPlan | None = None,
         force: Force = "exact",
+        segments: Array | None = None,
     ) -> tuple[Array, RouterOutput]:
         """Layers `start` to `stop` alone, so that what several candidates share is computed once.
 
@@ -150,6 +158,7 @@ class Decoder(nnx.Module):
           key: as in `__call__`.
           forced: as in `__call__`, over all L MoE layers of the model.
           force: as in `__call__`.
+          segments: as in `__call__`.
 
         Returns:
           `[B, S, D]` and the router output of the MoE layers passed, with a leading axis; fields are None if none was.
@@ -187,6 +196,7 @@ class Decoder(nnx.Module):
                     key=layer_key,
                     forced=forced,
                     force=force,
+                    segments=segments,
                 )
                 return x, None if routed is None else keep_trace(routed, trace)
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 from moe_jax.nn.expert_stack import Setting
 from moe_jax.nn.relative_bias import RelativeBias
-from moe_jax.ops.attention import attend, attention_weights, visible_keys
+from moe_jax.ops.attention import attend, attention_weights, segment_positions, usable_keys, visible_keys
 from moe_jax.ops.linear import linear
 from moe_jax.ops.norms import rms_norm
 from moe_jax.ops.rotary import Rotary, get_rotary, rotate
@@ -141,24 +141,32 @@ class Attention(nnx.Module):
             else None
         )
 
-    def __call__(self, x: Array, token_mask: Array | None = None, length: int | None = None) -> tuple[Array, KeyValues]:
-        """Attends within each sequence.
+    def __call__(
+        self,
+        x: Array,
+        token_mask: Array | None = None,
+        length: int | None = None,
+        segments: Array | None = None,
+    ) -> tuple[Array, KeyValues]:
+        """Attends within each sequence, or each segment of it.
 
         Args:
           x: `[B, S, D]`.
           token_mask: `[B, S]` bool; nobody attends to a masked token.
           length: tokens that the texts may grow to, on which some rotary positions depend; None for S.
+          segments: `[B, S]` int; each run of equal ids is a text of its own, with positions of its own. None for one.
 
         Returns:
           `[B, S, D]`, and what later tokens need of these.
         """
-        positions = jnp.arange(x.shape[1])
+        positions = jnp.arange(x.shape[1]) if segments is None else segment_positions(segments)
         query, key, value = self._project(x, positions, length or x.shape[1])
-        is_visible = None if token_mask is None else token_mask[:, None, None, :]
+        is_visible = usable_keys(token_mask, segments)
         if self.pattern is not None:
-            seen = visible_keys(positions[None], positions, *self._limits())
+            seen = visible_keys(positions[None] if positions.ndim == 1 else positions, positions, *self._limits())
             is_visible = seen if is_visible is None else seen & is_visible
-        bias = None if self.relative_bias is None else self.relative_bias(positions, positions)
+        places = jnp.arange(x.shape[1])  # distances within a segment are those in the row
+        bias = None if self.relative_bias is None else self.relative_bias(places, places)
         is_causal = self.pattern is None
         mixed = attend(
             query, key, value, is_visible, is_causal=is_causal, scale=self.scale, bias=bias, sinks=self._sinks()

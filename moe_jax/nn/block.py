@@ -39,16 +39,23 @@ class Block(nnx.Module):
         key: Array | None = None,
         forced: RoutingPlan | None = None,
         force: Force = "exact",
+        segments: Array | None = None,
     ) -> tuple[Array, RouterOutput | None]:
-        """Arguments as `MoELayer`; the second result is None for a dense block."""
-        x, _ = self.attend(x, token_mask)
+        """Arguments as `MoELayer`, `segments` as `Attention`; the second result is None for a dense block."""
+        x, _ = self.attend(x, token_mask, segments=segments)
         return self.feed(
             x, token_mask, topology, token_groups, token_ids=token_ids, key=key, forced=forced, force=force
         )
 
-    def attend(self, x: Array, token_mask: Array | None = None, length: int | None = None) -> tuple[Array, KeyValues]:
+    def attend(
+        self,
+        x: Array,
+        token_mask: Array | None = None,
+        length: int | None = None,
+        segments: Array | None = None,
+    ) -> tuple[Array, KeyValues]:
         """The first half: the residual stream after attention, and what later tokens need; arguments as `Attention`."""
-        mixed, kept = self.attention(self.attention_norm(x), token_mask, length)
+        mixed, kept = self.attention(self.attention_norm(x), token_mask, length, segments)
         return self._add(x, mixed), kept
 
     def extend(self, x: Array, positions: Array, cache: KeyValues) -> tuple[Array, KeyValues]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.nn.attention import EVERYTHING, PLAIN, KeyValues, Rotation
-from moe_jax.ops.attention import attend, attention_weights, visible_keys
+from moe_jax.ops.attention import attend, attention_weights, segment_positions, usable_keys, visible_keys
 from moe_jax.ops.linear import linear
 from moe_jax.ops.norms import rms_norm
 from moe_jax.ops.rotary import Rotary, rotate
@@ -73,16 +73,23 @@ class LatentAttention(nnx.Module):
         self.up = draw(keys[3], latent_width, num_heads, content_width + value_width, fan_in=latent_width)
         self.out = draw(keys[4], num_heads, value_width, width, fan_in=num_heads * value_width, factor=output_scale)
 
-    def __call__(self, x: Array, token_mask: Array | None = None, length: int | None = None) -> tuple[Array, KeyValues]:
+    def __call__(
+        self,
+        x: Array,
+        token_mask: Array | None = None,
+        length: int | None = None,
+        segments: Array | None = None,
+    ) -> tuple[Array, KeyValues]:
         """As `Attention`; kept are the shared turned keys `[B, rotary, S]`, and the latents `[B, S, R]` as values."""
-        positions, length = jnp.arange(x.shape[1]), length or x.shape[1]
+        positions = jnp.arange(x.shape[1]) if segments is None else segment_positions(segments)
+        length = length or x.shape[1]
         query = self._query(x, positions, length)
         latent, turned = self._latent(x, positions, length)
         up = self.up[...].astype(x.dtype)
         key, value = jnp.split(jnp.einsum("bsr,rhk->bshk", latent, up), [self._content_width], axis=-1)
         shared = jnp.broadcast_to(turned[:, :, None, :], (*key.shape[:3], turned.shape[-1]))
         key = jnp.concatenate([key, shared], axis=-1)
-        is_visible = None if token_mask is None else token_mask[:, None, None, :]
+        is_visible = usable_keys(token_mask, segments)
         mixed = attend(query, key, value, is_visible, is_causal=True, scale=self.scale)
         return self._leave(mixed), KeyValues(turned.swapaxes(1, 2), latent)
 

@@ -72,17 +72,42 @@ def attention_weights(scores: Array, is_visible: Array | None = None, sinks: Arr
     return weights / (weights.sum(-1, keepdims=True) + jnp.exp(sink - top))
 
 
+def segment_positions(segments: Array) -> Array:
+    """Positions `[B, S]` int32 that begin anew at 0 with every segment, a run of equal ids in `[B, S]`."""
+    places = jnp.broadcast_to(jnp.arange(segments.shape[1])[None], segments.shape)
+    is_first = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return places - jax.lax.cummax(jnp.where(is_first, places, 0), axis=1)
+
+
+def usable_keys(token_mask: Array | None, segments: Array | None) -> Array | None:
+    """Which keys a query may see at all: those that are tokens, and of its own segment.
+
+    Args:
+      token_mask: `[B, S]` bool, false for padding, or None.
+      segments: `[B, S]` int ids, or None.
+
+    Returns:
+      bool that broadcasts to `[B, 1, S, S]`; None means every key.
+    """
+    is_token = None if token_mask is None else token_mask[:, None, None, :]
+    if segments is None:
+        return is_token
+    is_own = segments[:, None, :, None] == segments[:, None, None, :]
+    return is_own if is_token is None else is_own & is_token
+
+
 def visible_keys(query_positions: Array, key_positions: Array, window: Array, chunk: Array) -> Array:
     """Which keys a causal layer lets a query see.
 
     Args:
       query_positions: `[Bq, Sq]` int; Bq is B, or 1 for all alike.
-      key_positions: `[Sk]` int.
+      key_positions: `[Sk]` int, or `[B, Sk]` where sequences differ.
       window: `[]` int, the last keys that are seen, the query's own included.
       chunk: `[]` int; only keys of the query's own run of so many positions are seen (Llama 4).
 
     Returns:
       `[Bq, 1, Sq, Sk]` bool.
     """
-    query, key = query_positions[:, None, :, None], key_positions[None, None, None, :]
+    query = query_positions[:, None, :, None]
+    key = key_positions[None, None, None, :] if key_positions.ndim == 1 else key_positions[:, None, None, :]
     return (key <= query) & (key > query - window) & (key // chunk == query // chunk)

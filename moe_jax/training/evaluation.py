@@ -30,7 +30,8 @@ def make_evaluator(
       mesh: over which the model's state lies; the batch size is rounded up to what divides over it.
 
     Returns:
-      A function that gives `nll [N]` (nats, summed over a sequence's scored targets) and `targets [N]` (their number).
+      A function that gives `nll [N]`, nats summed over a sequence's scored targets, and `num_bytes [N]`, the bytes of
+      text that these stand for; see `Sequences`.
       The topology (`keep [L, 1, E]`) may be None.
     """
 
@@ -51,45 +52,46 @@ def make_evaluator(
             np.asarray(nll_of(state, *(x[i : i + batch_size] for x in arrays), topology))
             for i in range(0, len(arrays[0]), batch_size)
         ]
-        return np.concatenate(nll)[: len(sequences)], sequences.is_scored.sum(1)
+        return np.concatenate(nll)[: len(sequences)], sequences.num_bytes
 
     return evaluate
 
 
-def bits_per_byte(sequences: Sequences, nll: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
-    """Sums per sequence, as the evaluator gives them, to bits per byte.
+def bits_per_byte(sequences: Sequences, nll: np.ndarray, num_bytes: np.ndarray) -> dict[str, Any]:
+    """Sums per sequence, as the evaluator gives them, to bits per byte of text, whatever the tokenizer.
 
     Args:
-      sequences: the text, one token a byte.
+      sequences: the text.
       nll: `[N]` nats.
-      targets: `[N]` scored bytes.
+      num_bytes: `[N]` bytes that they were spent on.
 
     Returns:
       `all`, one entry per domain, and `interval`: the ends of a 95 % interval over documents.
     """
-    rows: dict[str, Any] = {"all": float(nll.sum() / targets.sum() / LOG2)}
+    rows: dict[str, Any] = {"all": float(nll.sum() / num_bytes.sum() / LOG2)}
     for index, name in enumerate(sequences.domain_names):
         chosen = sequences.domain == index
-        rows[name] = float(nll[chosen].sum() / targets[chosen].sum() / LOG2)
-    rows["interval"] = list(document_interval(sequences, nll, targets)[1:])
+        rows[name] = float(nll[chosen].sum() / num_bytes[chosen].sum() / LOG2)
+    rows["interval"] = list(document_interval(sequences, nll, num_bytes)[1:])
     return rows
 
 
-def document_interval(sequences: Sequences, nll: np.ndarray, targets: np.ndarray) -> Interval:
-    """Mean bits per byte with an interval over documents; a sequence's sum is spread evenly over its bytes."""
-    per_byte = np.repeat(nll / np.maximum(targets, 1) / LOG2, targets)
-    return document_mean(per_byte, np.repeat(sequences.document, targets))
+def document_interval(sequences: Sequences, nll: np.ndarray, num_bytes: np.ndarray) -> Interval:
+    """Mean bits per byte with an interval over documents; a document's sum is spread evenly over its bytes."""
+    sizes = np.bincount(sequences.document, num_bytes).astype(np.int64)
+    per_byte = np.bincount(sequences.document, nll) / np.maximum(sizes, 1) / LOG2
+    return document_mean(np.repeat(per_byte, sizes), np.repeat(np.arange(len(sizes)), sizes))
 
 
-def compare_losses(sequences: Sequences, ours: np.ndarray, theirs: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
+def compare_losses(sequences: Sequences, ours: np.ndarray, theirs: np.ndarray, num_bytes: np.ndarray) -> dict[str, Any]:
     """Two sets of summed losses `[N]` of the same text, paired by document; lower is better.
 
     Returns:
       `difference` of ours from theirs in bits per byte, its 95 % `interval`, the `p_value` of a paired permutation
       test, our `win_rate` over documents, and the `verdict`.
     """
-    interval = document_interval(sequences, ours - theirs, targets)
-    size = np.bincount(sequences.document, targets)
+    interval = document_interval(sequences, ours - theirs, num_bytes)
+    size = np.bincount(sequences.document, num_bytes)
     mine, other = (np.bincount(sequences.document, nll)[size > 0] / size[size > 0] for nll in (ours, theirs))
     return {
         "difference": interval.estimate,

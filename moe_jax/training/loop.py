@@ -26,6 +26,10 @@ class Batch(Protocol):
     def mask(self) -> np.ndarray:
         """`[B, S+1]` bool, false for padding."""
 
+    @property
+    def segments(self) -> np.ndarray | None:
+        """`[B, S+1]` int32 ids of the texts that share a row; None where a row is one text."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
@@ -101,10 +105,11 @@ def train(
     compiled = jax.jit(step, donate_argnums=0, out_shardings=shardings)
     number = int(state.step)
     for batch in batches:
-        tokens, mask = batch.tokens, batch.mask
+        rows = (batch.tokens, batch.mask, batch.segments)
         if mesh is not None:
-            tokens, mask = place_batch(mesh, tokens), place_batch(mesh, mask)
-        state, metrics = compiled(state, tokens, mask, topology)
+            rows = jax.tree.map(lambda x: place_batch(mesh, x), rows)
+        tokens, mask, segments = rows
+        state, metrics = compiled(state, tokens, mask, topology, segments)
         number += 1
         values = jax.tree.map(np.asarray, jax.device_get(metrics))
         _require_finite(number, values, last_saved)

@@ -108,7 +108,7 @@ class TrainState:
     step: Array
 
 
-TrainStep = Callable[[TrainState, Array, Array, Topology | None], tuple[TrainState, dict[str, Array]]]
+TrainStep = Callable[[TrainState, Array, Array, Topology | None, Array | None], tuple[TrainState, dict[str, Array]]]
 
 
 def init_state(
@@ -157,15 +157,17 @@ def make_train_step(
     """The step as a pure function, to be jitted with a donated state.
 
     Args:
-      graphdef: structure of a model called as `model(tokens, token_mask, topology, key=key) -> (logits, RouterOutput)`;
-        if it routes, with `update_balance` and `router_penalty` as in `models.decoder.Decoder`.
+      graphdef: structure of a model called as `model(tokens, token_mask, topology, key=key) -> (logits, RouterOutput)`,
+        with `segments=segments` besides if batches have them; if it routes, with `update_balance` and `router_penalty`
+        as in `models.decoder.Decoder`.
       optimizer: acts on the parameters only.
       config: loss weights and micro-batches.
       key: what routers draw from, a fresh one for each step; None trains without their noise.
 
     Returns:
-      A function of the state, `tokens [B, S+1]` int32, `mask [B, S+1]` bool and the topology to train under (`keep
-      [L, 1, E]`; None for everything open). Metrics: scalars `loss`,
+      A function of the state, `tokens [B, S+1]` int32, `mask [B, S+1]` bool, the topology to train under (`keep
+      [L, 1, E]`; None for everything open) and `segments [B, S+1]` int32, the texts that share a row (None where none
+      do; no text predicts the next). Metrics: scalars `loss`,
       `cross_entropy` (nats per token), `grad_norm`, and per MoE layer `load [L, E]` (assignment shares),
       `max_violation [L]` (2408.15664: the busiest expert's load over the mean load, less 1), `dropped [L]` (share of
       the choices lost to full experts) and each router loss without its weight, `balance_loss [L]`, `z_loss [L]` and so
@@ -178,14 +180,19 @@ def make_train_step(
     balancer = get_balancer(config.balancer, **config.balancer_settings)
 
     def train_step(
-        state: TrainState, tokens: Array, mask: Array, topology: Topology | None = None
+        state: TrainState,
+        tokens: Array,
+        mask: Array,
+        topology: Topology | None = None,
+        segments: Array | None = None,
     ) -> tuple[TrainState, dict[str, Array]]:
         def forward(
-            params: nnx.State, tokens: Array, mask: Array, key: Array | None
+            params: nnx.State, tokens: Array, mask: Array, segments: Array | None, key: Array | None
         ) -> tuple[Array, RouterSums | None]:
             model = nnx.merge(graphdef, params, state.balance)
-            logits, routed = model(tokens[:, :-1], mask[:, :-1], topology, key=key)
-            nll = jnp.sum(cross_entropy(logits, tokens[:, 1:]) * _is_target(mask))
+            packed = {} if segments is None else {"segments": segments[:, :-1]}
+            logits, routed = model(tokens[:, :-1], mask[:, :-1], topology, key=key, **packed)
+            nll = jnp.sum(cross_entropy(logits, tokens[:, 1:]) * _is_target(mask, segments))
             if routed.stats is None:
                 return nll, None
             num_sequences, length, _ = logits.shape
@@ -198,18 +205,19 @@ def make_train_step(
             loss = sum(weight * losses[name] for name in losses if (weight := getattr(config, name)))
             return jnp.mean(loss + nnx.merge(graphdef, state.params, state.balance).router_penalty(sums.stats))
 
-        targets = jnp.maximum(_is_target(mask).sum(dtype=jnp.float32), 1.0)
+        targets = jnp.maximum(_is_target(mask, segments).sum(dtype=jnp.float32), 1.0)
         step_key = None if key is None else jax.random.fold_in(key, state.step)
         if config.micro_batches == 1:
 
             def objective(params: nnx.State) -> tuple[Array, tuple[Array, RouterSums | None]]:
-                nll, sums = forward(params, tokens, mask, step_key)
+                nll, sums = forward(params, tokens, mask, segments, step_key)
                 return nll / targets + router_loss(sums), (nll, sums)
 
             grads, (nll, sums) = jax.grad(objective, has_aux=True)(state.params)
         else:
             keys = None if step_key is None else jax.random.split(step_key, config.micro_batches)
-            parts = (*(_micro_batches(x, config.micro_batches) for x in (tokens, mask)), keys)
+            rows = jax.tree.map(lambda x: _micro_batches(x, config.micro_batches), (tokens, mask, segments))
+            parts = (*rows, keys)
             slope = jax.grad(router_loss)(_sum_over(lambda *part: forward(state.params, *part)[1], parts))
 
             def share(params: nnx.State, *part: Array) -> tuple[Array, tuple[Array, RouterSums | None]]:
@@ -274,9 +282,10 @@ def _router_losses(sums: RouterSums) -> dict[str, Array]:
     return losses | {name: total / tokens for name, total in sums.of_groups.items()}
 
 
-def _is_target(mask: Array) -> Array:
-    """`[B, S+1]` token mask to `[B, S]`: a prediction counts if both its input and its target are real."""
-    return mask[:, :-1] & mask[:, 1:]
+def _is_target(mask: Array, segments: Array | None) -> Array:
+    """`[B, S+1]` token mask to `[B, S]`: a prediction counts if its input and its target are real and of one text."""
+    is_target = mask[:, :-1] & mask[:, 1:]
+    return is_target if segments is None else is_target & (segments[:, :-1] == segments[:, 1:])
 
 
 def _micro_batches(x: Array, parts: int) -> Array:
