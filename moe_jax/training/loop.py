@@ -8,6 +8,8 @@ import jax
 import numpy as np
 
 from moe_jax.runs import RunError
+from moe_jax.training.compiles import warn_of_recompiles
+from moe_jax.training.spikes import SpikeConfig
 from moe_jax.training.step import TrainState, TrainStep
 from moe_jax.types import Topology
 
@@ -32,11 +34,13 @@ class TrainingConfig:
       steps: optimizer steps.
       checkpoint_every: steps between checkpoints, which are also the ends of the metrics' segments.
       heal_steps: further steps for a pruned topology, and for the untouched model beside it.
+      spikes: what counts as a spike, a step that is left out; None applies every step.
     """
 
     steps: int = 600
     checkpoint_every: int = 100
     heal_steps: int = 40
+    spikes: SpikeConfig | None = None
 
     def __post_init__(self) -> None:
         """Refuses lengths that are not positive."""
@@ -76,9 +80,15 @@ def train(
       The final state.
 
     Raises:
-      NonFiniteError: loss or gradient norm is NaN or infinite; nothing of that step is saved.
+      NonFiniteError: loss or gradient norm is NaN or infinite, in a step that was not left out as a spike; nothing of
+        that step is saved.
+
+    Warns:
+      RecompileWarning: a batch or a state that needs another program than the first, and why.
     """
-    compiled = jax.jit(step, donate_argnums=0)
+    compiled = warn_of_recompiles(
+        jax.jit(step, donate_argnums=0), "the training step", ("state", "tokens", "mask", "topology")
+    )
     number = int(state.step)
     for batch in batches:
         state, metrics = compiled(state, batch.tokens, batch.mask, topology)
@@ -95,6 +105,8 @@ def train(
 
 
 def _require_finite(step: int, metrics: dict[str, np.ndarray], last_saved: int | None) -> None:
+    if metrics.get("skipped"):
+        return
     for name in ("cross_entropy", "balance_loss", "z_loss", "loss", "grad_norm"):
         if name in metrics and not np.isfinite(metrics[name]).all():
             good = (

@@ -27,6 +27,7 @@ def train_stage(
     note: Callable[[dict[str, np.ndarray]], str],
     topology: Topology | None = None,
     on_start: Callable[[int], None] = lambda step: None,
+    on_record: Callable[[int, dict[str, np.ndarray]], None] = lambda step, values: None,
     on_save: Callable[[int, TrainState], None] = lambda step, state: None,
 ) -> TrainState:
     """Trains until step `steps`, from the newest checkpoint of the stage or from `initial`.
@@ -43,6 +44,7 @@ def train_stage(
       note: what the bar says of a step's metrics.
       topology: trained under; see `train`.
       on_start: called with the step that training starts after, so that other records can be cut there.
+      on_record: called with every step's number and metrics, as soon as they are there.
       on_save: called with step and state before a checkpoint is written.
 
     Returns:
@@ -62,6 +64,7 @@ def train_stage(
 
             def record(step: int, values: dict[str, np.ndarray]) -> None:
                 writer.append(step, values)
+                on_record(step, values)
                 progress.show(step, note(values))
 
             def save(step: int, state: TrainState) -> None:
