@@ -57,7 +57,9 @@ def warn_of_recompiles(function: Callable[..., Any], what: str, names: tuple[str
             signature = _signature(names, arguments)
             if known:
                 warnings.warn(
-                    f"call {calls} compiled {what} again: {_difference(known, signature)}", RecompileWarning, stacklevel=2
+                    f"call {calls} compiled {what} again: {_difference(known, signature)}",
+                    RecompileWarning,
+                    stacklevel=2,
                 )
             known = signature
         return result

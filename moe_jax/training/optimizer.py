@@ -8,13 +8,13 @@ A direction is what an optimizer makes of gradients, before rate and decay: deca
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import optax
 
 from moe_jax.training.averaging import average_parameters
-from moe_jax.training.parameter_groups import ParameterGroup, decay_weights, is_vector, scale_groups
+from moe_jax.training.parameter_groups import ParameterGroup, decay_weights, is_vector, path_of, scale_groups
 from moe_jax.types import Array, ArrayTree
 
 
@@ -141,20 +141,28 @@ def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
 def _each_matrix(rule: optax.GradientTransformation) -> optax.GradientTransformation:
     """Applies a rule to each layer and expert of a stacked leaf as if it were a leaf of its own."""
 
-    def over_stack(path: tuple, function: Callable[..., Any]) -> Callable[..., Any]:
-        names = [getattr(entry, "key", None) for entry in path]
+    def rules(tree: ArrayTree) -> dict[str, tuple[Array, optax.GradientTransformation]]:
+        """Path -> leaf, and the rule over its stacking axes."""
+        return {path_of(path): (leaf, over_stack(path)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+    def over_stack(path: tuple) -> optax.GradientTransformation:
+        init, update = rule.init, rule.update
         for name in ("experts", "stacks"):
-            function = jax.vmap(function) if name in names else function
-        return function
+            if any(getattr(entry, "key", None) == name for entry in path):
+                init, update = jax.vmap(init), jax.vmap(update)
+        return optax.GradientTransformation(init, update)
 
-    def init(params: ArrayTree) -> ArrayTree:
-        return jax.tree_util.tree_map_with_path(lambda path, leaf: over_stack(path, rule.init)(leaf), params)
+    def init(params: ArrayTree) -> dict[str, optax.OptState]:
+        return {name: own.init(leaf) for name, (leaf, own) in rules(params).items()}
 
-    def update(updates: ArrayTree, state: ArrayTree, params: ArrayTree | None = None) -> tuple:
-        results = jax.tree_util.tree_map_with_path(
-            lambda path, *leaves: over_stack(path, rule.update)(*leaves), updates, state, params
-        )
-        return jax.tree.transpose(jax.tree.structure(updates), jax.tree.structure((0, 0)), results)
+    def update(updates: ArrayTree, state: dict[str, optax.OptState], params: ArrayTree | None = None) -> tuple:
+        parameters = jax.tree.leaves(params)
+        moved = {
+            name: own.update(leaf, state[name], parameter)
+            for (name, (leaf, own)), parameter in zip(rules(updates).items(), parameters, strict=True)
+        }
+        changed = jax.tree.unflatten(jax.tree.structure(updates), [update for update, _ in moved.values()])
+        return changed, {name: after for name, (_, after) in moved.items()}
 
     return optax.GradientTransformation(init, update)
 

@@ -62,8 +62,9 @@ class SpikeHistory(NamedTuple):
 
 def watch_spikes(state: TrainState, config: SpikeConfig) -> TrainState:
     """The state with an empty history, as `skip_spikes` wants it."""
-    zero = jnp.zeros((), jnp.int32)
-    history = SpikeHistory(jnp.zeros((len(WATCHED), config.window), jnp.float32), zero, zero, zero)
+    values = jnp.zeros((len(WATCHED), config.window), jnp.float32)
+    # Each number an array of its own: the loop donates them all.
+    history = SpikeHistory(values, *(jnp.zeros((), jnp.int32) for _ in range(3)))
     return dataclasses.replace(state, spikes=history)
 
 
