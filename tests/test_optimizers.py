@@ -196,9 +196,7 @@ def test_a_group_without_parameters_is_refused_with_the_paths():
     shadowed = section(OptimizerConfig, {"groups": ({"pattern": "*"}, {"pattern": "*router*"})})
     with pytest.raises(ConfigError, match="matches no parameter that an earlier one left"):
         init_state(lambda key: Decoder(TINY, key=key), jax.random.key(0), make_optimizer(shadowed, 10))
-    with pytest.raises(
-        ConfigError, match="config.optimizer.groups.0. has no|unknown key config.optimizer.groups.0..factor"
-    ):
+    with pytest.raises(ConfigError, match=r"unknown key config.optimizer.groups\[0\].factor"):
         section(OptimizerConfig, {"groups": ({"pattern": "*", "factor": 2.0},)}, "config.optimizer")
 
 
@@ -225,7 +223,7 @@ def test_schedules_by_hand():
 
 
 def test_schedule_free_refuses_what_it_replaces():
-    with pytest.raises(ConfigError, match="config.optimizer: name='schedule_free' averages.*got 'cosine'"):
+    with pytest.raises(ConfigError, match=r"config.optimizer: name='schedule_free' averages.*got 'cosine'"):
         section(OptimizerConfig, {"name": "schedule_free"}, "config.optimizer")
     with pytest.raises(ConfigError, match=r"average_decay=1.0 must be in \[0, 1\)"):
         section(OptimizerConfig, {"average_decay": 1.0})

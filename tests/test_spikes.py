@@ -88,7 +88,8 @@ def train_tiny(spikes, name, poison, steps=9):
         state, step = watch_spikes(state, spikes), skip_spikes(step, spikes)
     params = jax.tree.map(lambda leaf: leaf, state.params)
     table = params[name][...]
-    params[name] = params[name].replace(table + poison * (jnp.arange(19) == 18).reshape(SHAPES[name]))
+    is_token = (jnp.arange(19) == 18).reshape(SHAPES[name])
+    params[name] = params[name].replace(jnp.where(is_token, jnp.broadcast_to(poison, table.shape), table))
     state = dataclasses.replace(state, params=params)
     batches, recorded = [], []
     for number in range(steps):
@@ -101,25 +102,25 @@ def train_tiny(spikes, name, poison, steps=9):
 
 
 def test_a_planted_spike_in_training():
-    """The read-out finds the token very unlikely."""
-    state, recorded = train_tiny(SpikeConfig(window=4), "read_out", -40.0)
+    """The read-out finds the token unlikely."""
+    state, recorded = train_tiny(SpikeConfig(window=4), "read_out", -9.0)
     assert [int(m["skipped"]) for m in recorded] == [0] * 6 + [1, 0, 0]
     assert recorded[6]["loss"] > 2 * recorded[5]["loss"] and recorded[-1]["num_skipped"] == 1
     assert int(state.step) == 9
-    unguarded, _ = train_tiny(None, "read_out", -40.0)
+    unguarded, _ = train_tiny(None, "read_out", -9.0)
     assert not np.allclose(unguarded.params["read_out"][...], state.params["read_out"][...], atol=1e-5)
 
 
 def test_a_loss_that_is_not_finite_is_left_out_too():
-    state, recorded = train_tiny(SpikeConfig(window=4), "embedding", np.float32(1e30))
-    assert not np.isfinite(recorded[6]["grad_norm"]) and np.isfinite(recorded[7]["loss"])
+    state, recorded = train_tiny(SpikeConfig(window=4), "embedding", np.inf)
+    assert not np.isfinite(recorded[6]["loss"]) and np.isfinite(recorded[7]["loss"])
     assert [int(m["skipped"]) for m in recorded] == [0] * 6 + [1, 0, 0]
     assert np.isfinite(state.params["read_out"][...]).all()
 
 
 def test_losses_that_stay_not_finite_end_the_run():
     with pytest.raises(NonFiniteError, match="cross_entropy is nan at step 3; there is no checkpoint yet"):
-        train_tiny(SpikeConfig(window=4, most_in_a_row=2), "read_out", np.float32(np.nan))
+        train_tiny(SpikeConfig(window=4, most_in_a_row=2), "read_out", np.nan)
 
 
 def test_configuration():
