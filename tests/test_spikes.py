@@ -103,7 +103,7 @@ def train_tiny(spikes, name, poison, steps=9):
 
 def test_a_planted_spike_in_training():
     """The read-out finds the token unlikely."""
-    state, recorded = train_tiny(SpikeConfig(window=4), "read_out", -9.0)
+    state, recorded = train_tiny(SpikeConfig(window=4, deviations=20.0), "read_out", -9.0)
     assert [int(m["skipped"]) for m in recorded] == [0] * 6 + [1, 0, 0]
     assert recorded[6]["loss"] > 2 * recorded[5]["loss"] and recorded[-1]["num_skipped"] == 1
     assert int(state.step) == 9
@@ -112,7 +112,7 @@ def test_a_planted_spike_in_training():
 
 
 def test_a_loss_that_is_not_finite_is_left_out_too():
-    state, recorded = train_tiny(SpikeConfig(window=4), "embedding", np.inf)
+    state, recorded = train_tiny(SpikeConfig(window=4, deviations=20.0), "embedding", np.inf)
     assert not np.isfinite(recorded[6]["loss"]) and np.isfinite(recorded[7]["loss"])
     assert [int(m["skipped"]) for m in recorded] == [0] * 6 + [1, 0, 0]
     assert np.isfinite(state.params["read_out"][...]).all()
