@@ -107,7 +107,7 @@ def test_wandb(tracked):
                 step = record.history.step.num
                 for name in SCALARS:
                     history[name].append((step, row[name]))
-                assert row["load"]["_type"] == "histogram" and sum(row["load"]["values"]) == 8
+                assert row["load/_type"] == "histogram" and sum(row["load/values"]) == 8
             elif record.WhichOneof("record_type") == "run":
                 assert record.run.display_name == "demo" and record.run.host == "-", "nothing of the machine"
     assert_every_step_once(history)

@@ -11,9 +11,9 @@ from moe_jax.types import Array, ArrayTree
 
 
 class AverageState(NamedTuple):
-    """The average so far, `average`, of `count` steps; before the first, the initial parameters."""
+    """The average so far, `average`, of `num_steps` steps; before the first, the initial parameters."""
 
-    count: Array
+    num_steps: Array
     average: ArrayTree
 
 
@@ -32,14 +32,14 @@ def average_parameters(decay: float) -> optax.GradientTransformation:
         return AverageState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))
 
     def update(updates: ArrayTree, state: AverageState, params: ArrayTree | None = None) -> tuple:
-        count = state.count + 1
-        weight = (1 - decay) / (1 - jnp.float32(decay) ** count)
+        num_steps = state.num_steps + 1
+        weight = (1 - decay) / (1 - jnp.float32(decay) ** num_steps)
         average = jax.tree.map(
             lambda mean, leaf: mean + (weight * (leaf - mean)).astype(mean.dtype),
             state.average,
             optax.apply_updates(params, updates),
         )
-        return updates, AverageState(count, average)
+        return updates, AverageState(num_steps, average)
 
     return optax.GradientTransformation(init, update)
 

@@ -22,10 +22,10 @@ class CompileCounter:
         self.count, self.seconds = 0, 0.0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, event: str, duration: float, **_: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == COMPILED:
             self.count += 1
-            self.seconds += duration
+            self.seconds += duration_secs
 
 
 @functools.cache

@@ -8,6 +8,7 @@ between the two loses one step there, and none appears twice.
 import os
 import secrets
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -25,16 +26,16 @@ class WeightsAndBiases:
 
         run.folder.mkdir(parents=True, exist_ok=True)
         self._record = run.folder / "run.json"
-        is_new = not self._record.is_file()
-        self._state = {"id": secrets.token_hex(8), "last_step": -1} if is_new else read_json(self._record)
-        mode = os.environ.get("WANDB_MODE", "offline")
+        self._state: dict[str, Any] = (
+            read_json(self._record) if self._record.is_file() else {"id": secrets.token_hex(8), "last_step": -1}
+        )
+        is_offline = os.environ.setdefault("WANDB_MODE", "offline") == "offline"
         self._histogram = wandb.Histogram
         self._run = wandb.init(
             project=run.project,
             name=run.name,
             id=self._state["id"],
-            resume=None if mode == "offline" else "allow",
-            mode=mode,
+            resume=None if is_offline else "allow",
             dir=str(run.folder),
             config=dict(run.settings),
             # Neither the machine nor the person; a run's environment.json has what a result depends on.
