@@ -27,14 +27,18 @@ from moe_jax.models.decoder import Decoder
 from moe_jax.models.execution import Execution
 from moe_jax.report import write_report
 from moe_jax.report.results import describe_data, describe_model
-from moe_jax.runs import Command, MetricsWriter, RunFolder, read_json, run_script, section
+from moe_jax.runs import Command, MetricsWriter, RunFolder, flatten, read_json, run_script, section
 from moe_jax.runs.bars import progress_display
+from moe_jax.training.averaging import evaluated
 from moe_jax.training.evaluation import LOG2, bits_per_byte, make_evaluator
 from moe_jax.training.loop import TrainingConfig
 from moe_jax.training.mesh import MeshConfig, check_mesh, make_mesh
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
+from moe_jax.training.spikes import skip_spikes, watch_spikes
 from moe_jax.training.stage import train_stage
 from moe_jax.training.step import LossConfig, TrainState, init_state, make_train_step, merge_model
+from moe_jax.training.throughput import Meter, useful_flops
+from moe_jax.training.tracking import Tracker, TrackingConfig
 
 
 def train_model(run: RunFolder, display: Progress) -> dict[str, Any]:
@@ -65,33 +69,55 @@ def train_model(run: RunFolder, display: Progress) -> dict[str, Any]:
     bytes_per_token = held_out["selection"].num_bytes.sum() / held_out["selection"].is_scored.sum()
     optimizer = make_optimizer(section(OptimizerConfig, config.optimizer, "config.optimizer"), training.steps)
     graphdef, initial = init_state(lambda key: Decoder(model, key=key, execution=execution), init_key, optimizer, mesh)
+    step = make_train_step(graphdef, optimizer, loss, noise_key)
+    if training.spikes is not None:
+        initial, step = watch_spikes(initial, training.spikes), skip_spikes(step, training.spikes)
     evaluate = make_evaluator(nnx.graphdef(merge_model(graphdef, initial)), batch_size=32, mesh=mesh)
     evaluation = MetricsWriter(run.path, "evaluate")
 
     def measure(split: str, state: TrainState) -> tuple[np.ndarray, np.ndarray]:
-        return evaluate(nnx.merge_state(state.params, state.balance), held_out[split])
+        return evaluate(nnx.merge_state(evaluated(state), state.balance), held_out[split])
 
-    def on_save(step: int, state: TrainState) -> None:
-        nll, num_bytes = measure("selection", state)
-        evaluation.append(step, {"bits_per_byte": nll.sum() / num_bytes.sum() / LOG2})
-        evaluation.flush()
+    tracking = section(TrackingConfig, config.get("tracking", {}), "config.tracking")
+    with Tracker(tracking, run.path, flatten(config)) as tracker:
+        meter = Meter(
+            MetricsWriter(run.path, "timing"),
+            tokens_per_step=data.batch_size * data.sequence_length,
+            flops_per_token=useful_flops(model, data.sequence_length),
+            every=tracking.every,
+        )
 
-    state = train_stage(
-        run,
-        display,
-        "train",
-        initial,
-        make_train_step(graphdef, optimizer, loss, noise_key),
-        lambda start: train_batches(splits["train"], data, batch_key, start, training.steps),
-        steps=training.steps,
-        checkpoint_every=training.checkpoint_every,
-        note=lambda values: f"{values['cross_entropy'] / LOG2 / bytes_per_token:.2f} bits/byte",
-        on_start=evaluation.truncate_after,
-        on_save=on_save,
-        mesh=mesh,
-        keep_newest=training.keep_newest,
-        keep_every=training.keep_every,
-    )
+        def on_start(start: int) -> None:
+            evaluation.truncate_after(start)
+            tracker.start(start)
+            meter.start(start)
+
+        def on_record(step: int, values: dict[str, np.ndarray]) -> None:
+            tracker.record(step, values | meter.record(step))
+
+        def on_save(step: int, state: TrainState) -> None:
+            nll, num_bytes = measure("selection", state)
+            evaluation.append(step, {"bits_per_byte": nll.sum() / num_bytes.sum() / LOG2})
+            evaluation.flush()
+            meter.flush()
+
+        state = train_stage(
+            run,
+            display,
+            "train",
+            initial,
+            step,
+            lambda start: train_batches(splits["train"], data, batch_key, start, training.steps),
+            steps=training.steps,
+            checkpoint_every=training.checkpoint_every,
+            note=lambda values: f"{values['cross_entropy'] / LOG2 / bytes_per_token:.2f} bits/byte",
+            on_start=on_start,
+            on_record=on_record,
+            on_save=on_save,
+            mesh=mesh,
+            keep_newest=training.keep_newest,
+            keep_every=training.keep_every,
+        )
     bits = {split: bits_per_byte(held_out[split], *measure(split, state)) for split in held_out}
     return {
         "title": "Training a language model",

@@ -10,6 +10,8 @@ from jax.sharding import Mesh
 
 from moe_jax.models.execution import Remat
 from moe_jax.runs import RunError
+from moe_jax.training.compiles import warn_of_recompiles
+from moe_jax.training.spikes import SpikeConfig
 from moe_jax.training.mesh import place_batch, replicated
 from moe_jax.training.step import TrainState, TrainStep
 from moe_jax.types import Topology
@@ -43,6 +45,7 @@ class TrainingConfig:
       heal_steps: further steps for a pruned topology, and for the untouched model beside it.
       remat: what the backward pass computes once more instead of keeping it; see `models.execution.Execution`. Values
         do not depend on it, memory and time do.
+      spikes: what counts as a spike, a step that is left out; None applies every step.
     """
 
     steps: int = 600
@@ -51,6 +54,7 @@ class TrainingConfig:
     keep_every: int = 0
     heal_steps: int = 40
     remat: Remat = "none"
+    spikes: SpikeConfig | None = None
 
     def __post_init__(self) -> None:
         """Refuses lengths that are not positive."""
@@ -99,10 +103,18 @@ def train(
       The final state.
 
     Raises:
-      NonFiniteError: loss or gradient norm is NaN or infinite; nothing of that step is saved.
+      NonFiniteError: loss or gradient norm is NaN or infinite, in a step that was not left out as a spike; nothing of
+        that step is saved.
+
+    Warns:
+      RecompileWarning: a batch or a state that needs another program than the first, and why.
     """
     shardings = None if mesh is None else (jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh))
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=shardings)
+    compiled = warn_of_recompiles(
+        jax.jit(step, donate_argnums=0, out_shardings=shardings),
+        "the training step",
+        ("state", "tokens", "mask", "topology", "segments"),
+    )
     number = int(state.step)
     for batch in batches:
         rows = (batch.tokens, batch.mask, batch.segments)
@@ -125,6 +137,8 @@ def train(
 
 
 def _require_finite(step: int, metrics: dict[str, np.ndarray], last_saved: int | None) -> None:
+    if metrics.get("skipped"):
+        return
     for name in ("cross_entropy", "balance_loss", "z_loss", "loss", "grad_norm"):
         if name in metrics and not np.isfinite(metrics[name]).all():
             good = (

@@ -29,6 +29,7 @@ def train_stage(
     note: Callable[[dict[str, np.ndarray]], str],
     topology: Topology | None = None,
     on_start: Callable[[int], None] = lambda step: None,
+    on_record: Callable[[int, dict[str, np.ndarray]], None] = lambda step, values: None,
     on_save: Callable[[int, TrainState], None] = lambda step, state: None,
     mesh: Mesh | None = None,
     keep_newest: int = 2,
@@ -48,6 +49,7 @@ def train_stage(
       note: what the bar says of a step's metrics.
       topology: trained under; see `train`.
       on_start: called with the step that training starts after, so that other records can be cut there.
+      on_record: called with every step's number and metrics, as soon as they are there.
       on_save: called with step and state before a checkpoint is written.
       mesh: where the state lies and over which batches are split; None for one device.
       keep_newest: how many of the newest checkpoints stay.
@@ -85,6 +87,7 @@ def train_stage(
 
         def record(step: int, values: dict[str, np.ndarray]) -> None:
             writer.append(step, values)
+            on_record(step, values)
             progress.show(step, note(values))
             report()
 

@@ -100,12 +100,16 @@ UNTRAINED = nnx.Not(nnx.Param)  # balance state, and facts of the architecture t
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that training changes. A checkpoint is this tree and nothing else."""
+    """Everything that training changes. A checkpoint is this tree and nothing else.
+
+    `spikes` is what `training.spikes` remembers, if it watches.
+    """
 
     params: nnx.State
     balance: nnx.State
     opt_state: optax.OptState
     step: Array
+    spikes: ArrayTree | None = None
 
 
 TrainStep = Callable[[TrainState, Array, Array, Topology | None, Array | None], tuple[TrainState, dict[str, Array]]]
@@ -243,7 +247,10 @@ def make_train_step(
             model = nnx.merge(graphdef, state.params, state.balance)
             model.update_balance(stats, balancer)
             balance = nnx.state(model, UNTRAINED)
-        return TrainState(optax.apply_updates(state.params, updates), balance, opt_state, state.step + 1), metrics
+        params = optax.apply_updates(state.params, updates)
+        return dataclasses.replace(
+            state, params=params, balance=balance, opt_state=opt_state, step=state.step + 1
+        ), metrics
 
     return train_step
 
