@@ -3,8 +3,9 @@
 Command:   python -m experiments.upcycle
 Hardware:  two CPU cores
 Time:      13 minutes, beside other work
-Result:    2.650 bits per byte for continued dense training; copying into 4 experts 0.012 better for 56 % more FLOPs, 0.065
-           worse at equal FLOPs; virtual groups at equal FLOPs a tie, with half of each expert drawn anew 0.024 worse
+Result:    2.650 bits per byte for continued dense training; copying into 4 experts 0.012 better for 56 % more FLOPs,
+           0.065 worse at equal FLOPs; virtual groups at equal FLOPs a tie, with half of each expert drawn anew 0.024
+           worse
 """
 
 from ml_collections import ConfigDict
