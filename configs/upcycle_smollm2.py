@@ -1,7 +1,10 @@
 """Upcycling of a real model, SmolLM2-135M: ten of its thirty layers, on formal mathematics and Python.
 
 Command:   python -m experiments.upcycle --config=configs/upcycle_smollm2.py
-Hardware:  two CPU cores, 8 GB of memory
+Hardware:  two CPU cores, 11 GB of memory
+Time:      46 minutes beside other work
+Result:    0.849 bits per byte for 30 steps of continued dense training (the parent has 1.007), the same for copies into
+           4 experts at equal data, 0.008 more for them at equal FLOPs; virtual groups with noise 0.065 more
 """
 
 from ml_collections import ConfigDict
