@@ -32,8 +32,8 @@ def prepare(arguments: argparse.Namespace) -> int:
     """Builds the tables that are not there yet and the list of all that are; returns the exit code."""
     out, max_bytes = arguments.out, arguments.max_megabytes_per_domain
     out.mkdir(parents=True, exist_ok=True)
-    clients = {source.client for source in SOURCES}
-    usable = [source for source in SOURCES if source.client in filter(is_available, clients)]
+    clients = {client for client in {source.client for source in SOURCES} if is_available(client)}
+    usable = [source for source in SOURCES if source.client in clients]
     problems = []
     with progress_display() as display, bar(display, "domains", len(arguments.only)) as progress:
         for domain in arguments.only:

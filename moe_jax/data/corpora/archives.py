@@ -13,6 +13,7 @@ import gzip
 import io
 import lzma
 import re
+import sys
 import tarfile
 import zipfile
 import zlib
@@ -103,7 +104,7 @@ def _members(stream: _Stream, limits: Limits, where: str) -> Iterator[tuple[str,
                         yield name, _Counted(content, limits, where)
         return
     if buffered.peek(8)[:8] == b"!<arch>\n":
-        _seek_data(buffered)
+        buffered = io.BufferedReader(_Counted(buffered, limits, where, size=_seek_data(buffered)), _BUFFER)
     with tarfile.open(fileobj=_unpacked(buffered, limits, where), mode="r|", bufsize=_BUFFER) as archive:
         for member in archive:
             name = _checked(member.name, limits, where)
@@ -122,13 +123,13 @@ def _checked(name: str, limits: Limits, where: str) -> str:
     return str(path)
 
 
-def _seek_data(deb: io.BufferedReader) -> None:
-    """Moves to the `data.tar` of a .deb, an `ar` archive of three files."""
+def _seek_data(deb: io.BufferedReader) -> int:
+    """Moves to the `data.tar` of a .deb, an `ar` archive of three files, and returns its size."""
     deb.read(8)
     while len(header := deb.read(60)) == 60:
         size = int(header[48:58])
         if header.startswith(b"data.tar"):
-            return
+            return size
         deb.read(size + size % 2)  # members begin at even offsets
     raise tarfile.ReadError("a .deb without data.tar")
 
@@ -153,16 +154,17 @@ class _Readable(Protocol):
 
 
 class _Counted(io.RawIOBase):
-    """A stream that takes what is read off the limits and refuses to go beyond them: no zip bomb gets past."""
+    """A stream, or `size` bytes of it, that takes what is read off the limits: no zip bomb gets past them."""
 
-    def __init__(self, stream: _Readable, limits: Limits, where: str):
-        self._stream, self._limits, self._where = stream, limits, where
+    def __init__(self, stream: _Readable, limits: Limits, where: str, size: int = sys.maxsize):
+        self._stream, self._limits, self._where, self._left = stream, limits, where, size
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        data = self._stream.read(len(buffer))
+        data = self._stream.read(min(len(buffer), self._left))
+        self._left -= len(data)
         self._limits.unpacked_bytes -= len(data)
         if self._limits.unpacked_bytes < 0:
             raise CorpusError(f"{self._where} unpacks to more than any text that is known here; it is not used")

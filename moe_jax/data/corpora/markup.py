@@ -14,7 +14,7 @@ _SURROUNDINGS = re.compile(
 )
 _PREFORMATTED = re.compile(r"<pre\b[^>]*>(.*?)</pre>", re.DOTALL)
 _BREAK = re.compile(r"</?(?:p|div|h[1-6]|li|tr|table|ul|ol|dl|dt|dd|br|hr|blockquote|section)\b[^>]*>")
-_CELL = re.compile(r"</t[dh]>")
+_APART = re.compile(r"</t[dh]>|(?<=</span>)(?=<span)")  # cells, and the words for several systems side by side
 _TAG = re.compile(r"<[^>]*>")
 
 
@@ -25,7 +25,7 @@ def page(name: str, text: str) -> Iterator[tuple[str, str]]:
         if number % 2:
             lines += [line.rstrip() for line in html.unescape(_TAG.sub("", part)).strip("\n").splitlines()]
         else:
-            broken = _BREAK.sub("\0", _CELL.sub(" ", part))
+            broken = _BREAK.sub("\0", _APART.sub(" ", part))
             lines += [" ".join(line.split()) for line in html.unescape(_TAG.sub("", broken)).split("\0")]
     if written := "\n".join(line for line in lines if line):
         yield name, written + "\n"

@@ -32,9 +32,9 @@ class Source:
       cleaner: makes documents of a file.
       licence: of the text.
       prefix: begins the names of its documents, where a domain has several sources.
-      untranslated: domain in the language that this is a translation of: lines that its documents of the same prefix
-        have too were not translated and are left out.
-      max_bytes: of the cleaned text to keep; None for all of it.
+      untranslated: domain in the language that this is a translation of; what its sources of the same prefix have too
+        was not translated and is left out.
+      max_bytes: of the domain's cleaned text to keep; None for all of it.
     """
 
     domain: str
