@@ -61,9 +61,7 @@ def train_model(run: RunFolder, display: Progress) -> dict[str, Any]:
         for name in ("selection", "test")
     }
     optimizer = make_optimizer(section(OptimizerConfig, config.optimizer, "config.optimizer"), training.steps)
-    graphdef, initial = init_state(
-        lambda key: Decoder(model, key=key, execution=execution), init_key, optimizer, mesh
-    )
+    graphdef, initial = init_state(lambda key: Decoder(model, key=key, execution=execution), init_key, optimizer, mesh)
     evaluate = make_evaluator(nnx.graphdef(merge_model(graphdef, initial)), batch_size=32, mesh=mesh)
     evaluation = MetricsWriter(run.path, "evaluate")
 
