@@ -11,13 +11,12 @@ import jax
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 from moe_jax.models.config import DecoderConfig
 from moe_jax.models.decoder import Decoder
 from moe_jax.models.execution import Execution
 from moe_jax.training.loop import train
-from moe_jax.training.mesh import MeshConfig, check_mesh, make_mesh, place_batch, replicated
+from moe_jax.training.mesh import MeshConfig, check_mesh, make_mesh, place_batch
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.step import LossConfig, init_state, make_train_step
 

@@ -9,10 +9,10 @@ import pytest
 
 from moe_jax.models.config import DecoderConfig
 from moe_jax.models.decoder import Decoder
+from moe_jax.nn.expert_stack import ExpertStack
 from moe_jax.nn.experts import get_expert_kind
 from moe_jax.nn.moe import MoELayer
 from moe_jax.nn.routers.linear import LinearRouter
-from moe_jax.nn.expert_stack import ExpertStack
 from moe_jax.ops.linear import linear
 from moe_jax.ops.low_precision import TYPES, check_precision
 from tests.test_mesh_training import batch, setup
