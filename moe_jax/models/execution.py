@@ -1,4 +1,4 @@
-"""How a model's program runs, as opposed to what it computes: over which devices, and what it keeps for the gradient."""
+"""How a model's program runs, as opposed to what it computes: on which devices, and what it keeps for the gradient."""
 
 import dataclasses
 from collections.abc import Callable

@@ -34,7 +34,6 @@ def make_evaluator(
       text that these stand for; see `Sequences`.
       The topology (`keep [L, 1, E]`) may be None.
     """
-
     if mesh is not None:
         batch_size += -batch_size % batch_parts(mesh)
 

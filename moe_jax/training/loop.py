@@ -96,7 +96,7 @@ def train(
       record: `(step, metrics)`, steps counted from 1, every step, in order.
       topology: trained under, `keep [L, 1, E]`; None for everything open.
       last_saved: the checkpoint that `state` came from, for the error message.
-      mesh: over which batches are split; the state is placed on it already and stays where it lies. None for one device.
+      mesh: over which batches are split; the state lies on it already and stays where it lies. None for one device.
       is_stopping: asked after every step; True ends the loop there, saved like any other end.
 
     Returns:
