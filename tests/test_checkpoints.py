@@ -188,6 +188,31 @@ def test_damage_is_found_and_named(tmp_path):
     process.communicate()
 
 
+# A process whose files may have at most 100 kB stands for a disk that fails in the midst of a save.
+FAIL = """
+import resource, sys
+import numpy as np
+from moe_jax.checkpoints import CheckpointError, CheckpointStore
+with CheckpointStore(sys.argv[1]) as store:
+    store.save(1, {"x": np.zeros(5)})
+    store.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        store.save(2, {"x": np.random.default_rng(0).normal(size=200_000)})
+        store.wait()
+    except CheckpointError as error:
+        print(error)
+"""
+
+
+def test_a_write_that_fails_is_told_and_leaves_the_checkpoint_before(tmp_path):
+    command = [sys.executable, "-c", FAIL, str(tmp_path)]
+    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert result.stdout.startswith(f"a checkpoint could not be written to {tmp_path} ("), result.stderr
+    assert "it goes on from the last checkpoint" in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
 # Forked writers of one process that has imported everything: each dies at a random moment of its saves.
 WRITE = """
 import os, pathlib, random, signal, sys, time

@@ -19,8 +19,10 @@ import numpy as np
 
 from moe_jax.checkpoints.digest import digest_arrays
 from moe_jax.errors import MendableError
-from moe_jax.hosts import gather_texts, is_first_host
+from moe_jax.hosts import any_host, gather_texts, is_first_host
 from moe_jax.types import ArrayTree
+
+_GOES_ON = "it goes on from the last checkpoint"
 
 
 class CheckpointError(MendableError, RuntimeError):
@@ -121,6 +123,7 @@ class CheckpointStore:
         self.wait()
         leaves = _named_leaves(tree)
         data = {name: _as_data(leaf) for name, leaf in leaves.items()}
+        self._require_room(sum(array.nbytes for array in data.values()))
         digests = digest_arrays(data)
         facts = {
             "leaves": {name: _facts(leaf) | {"digest": digests[name]} for name, leaf in leaves.items()},
@@ -265,6 +268,15 @@ class CheckpointStore:
         if problem := next(filter(None, gather_texts(problem)), ""):
             raise self._damaged(step, problem)
 
+    def _require_room(self, size: int) -> None:
+        """Refuses to begin what cannot end: Orbax's threads tell a full disk at great length."""
+        free = shutil.disk_usage(self.folder).free
+        if any_host(free < size + 2**20):
+            raise CheckpointError(
+                f"a checkpoint of {size / 2**20:.0f} MiB does not fit into {self.folder} ({free / 2**20:.0f} MiB "
+                f"free); make room, then run the same command again: {_GOES_ON}"
+            )
+
     def _remove_leftovers(self) -> None:
         """Removes deleted and half-written checkpoints; Orbax's own cleaning leaves one that only lacks its rename."""
         if is_first_host():
@@ -293,8 +305,8 @@ class CheckpointStore:
         """Builds the error of a checkpoint that could not be written, and frees the space that it took."""
         self._remove_leftovers()
         return CheckpointError(
-            f"a checkpoint could not be written to {self.folder} ({_first_line(error)}); make room or mend the disk, "
-            "then run the same command again: it goes on from the last checkpoint"
+            f"a checkpoint could not be written to {self.folder} ({_first_line(error)}); mend the disk, then run the "
+            f"same command again: {_GOES_ON}"
         )
 
 
