@@ -7,6 +7,7 @@ Examples:
   python -m experiments.train --workdir runs/mine --resume
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from experiments.text import read_text
-from moe_jax.data import DataConfig, pack, train_batches
+from moe_jax.data import DataConfig, Document, pack, train_batches
 from moe_jax.models.config import DecoderConfig
 from moe_jax.models.decoder import Decoder
 from moe_jax.report import write_report
@@ -32,12 +33,15 @@ from moe_jax.training.stage import train_stage
 from moe_jax.training.step import LossConfig, TrainState, init_state, make_train_step, merge_model
 
 
-def train_model(run: RunFolder, display: Progress) -> dict[str, Any]:
+def train_model(
+    run: RunFolder, display: Progress, on_evaluate: Callable[[int], None] = lambda step: None
+) -> dict[str, Any]:
     """Trains in a run's folder, from where an earlier process stopped.
 
     Args:
       run: the open run folder.
       display: where the bar is drawn.
+      on_evaluate: called with the step once its held-out loss is on disk; an exception ends the training there.
 
     Returns:
       What `results.json` holds; `headline` has the held-out loss.
@@ -64,6 +68,7 @@ def train_model(run: RunFolder, display: Progress) -> dict[str, Any]:
         nll, targets = measure("selection", state)
         evaluation.append(step, {"bits_per_byte": nll.sum() / targets.sum() / LOG2})
         evaluation.flush()
+        on_evaluate(step)
 
     state = train_stage(
         run,
@@ -79,11 +84,18 @@ def train_model(run: RunFolder, display: Progress) -> dict[str, Any]:
         on_save=on_save,
     )
     bits = {split: bits_per_byte(held_out[split], *measure(split, state)) for split in held_out}
+    return training_results(splits, model, state.params, bits)
+
+
+def training_results(
+    splits: Mapping[str, Sequence[Document]], model: DecoderConfig, params: nnx.State, bits: dict[str, Any]
+) -> dict[str, Any]:
+    """What `results.json` holds, from `bits_per_byte` of each held-out split."""
     return {
         "title": "Training a language model",
         "headline": {"test bits/byte": bits["test"]["all"]},
         "data": describe_data(splits),
-        "model": describe_model(model, state.params),
+        "model": describe_model(model, params),
         "model_bits_per_byte": bits,
     }
 

@@ -40,12 +40,16 @@ class OptimizerConfig:
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int, heal_steps: int = 0) -> optax.Schedule:
     """Linear warm-up, a cosine that ends at step `num_steps`, then a linear fall over `heal_steps` more."""
     end = config.learning_rate * config.final_fraction
-    cosine = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=min(config.warmup_steps, max(num_steps - 1, 0)),
-        decay_steps=max(num_steps, 1),
-        end_value=end,
+    warmup_steps = min(config.warmup_steps, max(num_steps - 1, 0))
+    # What optax.warmup_cosine_decay_schedule puts together, but for a learning rate that may be traced.
+    cosine = optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, config.learning_rate, warmup_steps),
+            optax.cosine_decay_schedule(
+                config.learning_rate, max(num_steps, 1) - warmup_steps, alpha=config.final_fraction
+            ),
+        ],
+        [warmup_steps],
     )
     if not heal_steps:
         return cosine
