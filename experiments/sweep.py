@@ -37,6 +37,7 @@ from moe_jax.runs.bars import bar, progress_display
 from moe_jax.runs.lock import is_locked
 from moe_jax.training.loop import TrainingConfig
 from moe_jax.training.optimizer import OptimizerConfig
+from moe_jax.training.population import use_all_cores
 from moe_jax.training.step import LossConfig
 from moe_jax.training.sweeps import (
     Axis,
@@ -219,7 +220,10 @@ def _show(row: dict[str, Any], sign: str = "") -> str:
 
 def main(command: Command) -> None:
     """Runs, or continues, the sweep in its folder."""
+    if command.choices["engine"] == "vmap":
+        use_all_cores()
     console = Console()
+    console.width = max(console.width, 120)  # the table is cut otherwise
     launch = section(LaunchConfig, command.config.get("launch", {}), "config.launch")
     config = ConfigDict({key: value for key, value in command.config.items() if key != "launch"})
     with RunFolder(command.workdir, config, must_exist=command.resume) as run:

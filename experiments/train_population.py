@@ -97,16 +97,21 @@ class Population:
         """Reads the text and makes the states at step 0."""
         self.trials, self.display = trials, display
         config = trials[0].config
+        self.mesh = population_mesh(len(trials))
+        # Devices have the same number of members each; those that are added to make it so are trained for nothing.
+        rows = [*trials, *[trials[0]] * (-len(trials) % self.mesh.size)]
         self.data = section(DataConfig, config.data, "config.data")
         self.model = section(DecoderConfig, config.model, "config.model")
         self.training = section(TrainingConfig, config.training, "config.training")
-        optimizers = [section(OptimizerConfig, trial.config.optimizer, "config.optimizer") for trial in trials]
-        losses = [section(LossConfig, trial.config.loss, "config.loss") for trial in trials]
+        optimizers = [section(OptimizerConfig, row.config.optimizer, "config.optimizer") for row in rows]
+        losses = [section(LossConfig, row.config.loss, "config.loss") for row in rows]
         # Each member splits its seed as `experiments.train` does.
-        keys = [jax.random.split(jax.random.key(trial.config.seed), 3) for trial in trials]
-        self.batch_keys = {trial.config.seed: key[1] for trial, key in zip(trials, keys, strict=True)}
-        settings = [{"optimizer": vars(o), "loss": vars(l)} for o, l in zip(optimizers, losses, strict=True)]
-        self.mesh = population_mesh(len(trials))
+        self.seeds = [row.config.seed for row in rows]
+        keys = [jax.random.split(jax.random.key(seed), 3) for seed in self.seeds]
+        self.batch_keys = {seed: key[1] for seed, key in zip(self.seeds, keys, strict=True)}
+        settings = [
+            {"optimizer": vars(one), "loss": vars(other)} for one, other in zip(optimizers, losses, strict=True)
+        ]
         self.members = shard_population(stack_members(settings, [(key[0], key[2]) for key in keys]), self.mesh)
         self.splits = read_text(self.data)
         length = self.data.sequence_length
@@ -178,7 +183,7 @@ class Population:
         }
         for batches in zip(*streams.values(), strict=True):
             by_seed = dict(zip(streams, batches, strict=True))
-            chosen = [by_seed[trial.config.seed] for trial in self.trials]
+            chosen = [by_seed[seed] for seed in self.seeds]
             yield np.stack([batch.tokens for batch in chosen]), np.stack([batch.mask for batch in chosen])
 
     def _losses(self, state: TrainState, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -193,6 +198,6 @@ class Population:
 
 def _note_failures(step: int, metrics: dict[str, np.ndarray], failed: dict[str, str]) -> None:
     """Adds the members whose numbers are no longer finite."""
-    for name, index in itertools.product(("loss", "grad_norm"), range(len(metrics["loss"]))):
+    for index, name in itertools.product(range(len(metrics["loss"])), ("loss", "grad_norm")):
         if str(index) not in failed and not np.isfinite(metrics[name][index]):
             failed[str(index)] = f"{name} is {metrics[name][index]} at step {step}; lower optimizer.learning_rate"

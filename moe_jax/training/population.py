@@ -2,14 +2,17 @@
 
 Each member is the run that it would be alone: its parameters come from its own key, its batches are its own, and its
 settings are arrays where a run of its own has constants. The program is the training step of one member under `vmap`,
-or, over several devices, of each device's members: on a CPU of N cores with N devices, members run side by side, which
-small operations cannot do within themselves.
+spread over the process's devices. On a CPU a device takes its members in turn instead: under `vmap` their intermediate
+arrays together leave the cache, and the step takes a quarter more CPU time (D=64, 8 members of 512 tokens). What
+gains there is a device for each core (`use_all_cores`): small operations find no work for a second core in themselves.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -93,7 +96,7 @@ def make_population_step(
     optimizer: OptimizerConfig,
     loss: LossConfig,
     num_steps: int,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: jax.sharding.Mesh,
 ) -> PopulationStep:
     """One step of every member, to be jitted with a donated state.
 
@@ -102,7 +105,7 @@ def make_population_step(
       optimizer: what members do not have for themselves.
       loss: the same for the losses.
       num_steps: length of the schedule.
-      mesh: devices along an axis `AXIS`, whose number divides P; None for one device.
+      mesh: devices along an axis `AXIS`, whose number divides P.
 
     Returns:
       A function of state, members, `tokens [P, B, S+1]` int32 and `mask [P, B, S+1]` bool that gives the next state and
@@ -120,24 +123,28 @@ def make_population_step(
         )
         return step(state, tokens, mask, None)
 
-    steps = jax.vmap(step_of)
-    if mesh is None:
-        return steps
+    def in_turn(*arguments: Any) -> tuple[TrainState, dict[str, Array]]:
+        return jax.lax.map(lambda one: step_of(*one), arguments)
+
+    steps = in_turn if mesh.devices.flat[0].platform == "cpu" else jax.vmap(step_of)
     spec = jax.sharding.PartitionSpec(AXIS)
     return jax.shard_map(steps, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
 
 
-def population_mesh(num_members: int) -> jax.sharding.Mesh | None:
-    """As many of this process's devices as divide the population evenly; None for one."""
-    devices = jax.local_devices()
-    size = max(n for n in range(1, len(devices) + 1) if num_members % n == 0)
-    return None if size == 1 else jax.sharding.Mesh(np.array(devices[:size]), (AXIS,))
+def population_mesh(num_members: int) -> jax.sharding.Mesh:
+    """This process's devices, no more than there are members."""
+    return jax.sharding.Mesh(np.array(jax.local_devices()[:num_members]), (AXIS,))
 
 
-def shard_population(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
+def use_all_cores() -> None:
+    """Makes every CPU core a device of its own, if nothing has counted devices yet and XLA_FLAGS does not say how many."""
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+
+
+def shard_population(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """Puts each member's part of a tree of arrays on the device that trains it."""
-    if mesh is None:
-        return tree
     return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS)))
 
 

@@ -202,7 +202,7 @@ def _convert(key: str, value: Any, sections: Sections, where: str) -> Any:
     field = f"{head}.{rest[0]}" if rest else head
     hint = known.get(field)
     for inner in rest[1:]:
-        if typing.get_origin(hint) is None or not issubclass(typing.get_origin(hint), Mapping):
+        if typing.get_origin(hint) is not Mapping:
             raise ConfigError(f"{where}: {field} has no keys of its own, so there is no {inner!r} in it")
         hint = typing.get_args(hint)[1]
     if hint is None:
