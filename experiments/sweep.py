@@ -15,7 +15,6 @@ Examples:
   python -m experiments.sweep --engine=vmap --config.launch.workers=8
 """
 
-import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,17 +39,13 @@ from moe_jax.training.optimizer import OptimizerConfig
 from moe_jax.training.population import use_all_cores
 from moe_jax.training.step import LossConfig
 from moe_jax.training.sweeps import (
-    Axis,
     Ended,
     Engine,
     HereEngine,
     LaunchConfig,
-    ListedPoints,
-    Points,
     RayEngine,
     Schedule,
     SlurmEngine,
-    StudyPoints,
     SweepConfig,
     TrialStopped,
     apply,
@@ -58,9 +53,8 @@ from moe_jax.training.sweeps import (
     check_reference,
     interval_of,
     is_to_stop,
-    list_points,
     make_trials,
-    random_point,
+    open_points,
     read_axes,
     summarise,
     write_table,
@@ -77,35 +71,37 @@ SECTIONS = {
 }
 
 
-def run_trial(folder: Path, config: str, watch: Callable[[], None], display: Progress | None = None) -> None:
+def run_trial(folder: Path, config: str, watch: Callable[[], None]) -> None:
+    """Trains a trial in its folder, in a process of its own; see `train_trial`."""
+    enable_compilation_cache()
+    with progress_display() as display:
+        train_trial(folder, config, watch, display)
+
+
+def train_trial(folder: Path, config: str, watch: Callable[[], None], display: Progress) -> None:
     """Trains a trial in its folder to its end, or to the word to stop; what it fails with is recorded there.
 
     Args:
       folder: the run folder.
       config: the configuration as JSON.
       watch: called after each evaluation.
-      display: where bars are drawn; None for one of its own.
+      display: where bars are drawn.
     """
-    enable_compilation_cache()
     while is_locked(folder):  # a worker of a sweep that was killed still has it
         time.sleep(1.0)
-    if display is None:
-        with progress_display() as own:
-            return run_trial(folder, config, watch, own)
     known = set(display.task_ids)
+
+    def stop_if_told(step: int | None = None) -> None:
+        watch()
+        if is_to_stop(folder):
+            raise TrialStopped
+
     try:
         with RunFolder(folder, from_json(config)) as run:
-
-            def on_evaluate(step: int) -> None:
-                watch()
-                if is_to_stop(folder):
-                    raise TrialStopped
-
             if not run.is_finished:
                 try:
-                    if is_to_stop(folder):
-                        raise TrialStopped
-                    run.write_results(train_model(run, display, on_evaluate))
+                    stop_if_told()
+                    run.write_results(train_model(run, display, stop_if_told))
                 except TrialStopped:
                     run.write_results({"title": "A trial that its sweep stopped early"})
                 run.finish()
@@ -123,25 +119,7 @@ def make_engine(name: str, launch: LaunchConfig, folder: Path, display: Progress
         return SlurmEngine(run_trial, launch, folder / "jobs")
     if name == "vmap":
         return PopulationEngine(launch.workers, display)
-    return HereEngine(lambda folder, config, watch: run_trial(folder, config, watch, display))
-
-
-def make_points(config: ConfigDict, sweep: SweepConfig, axes: list[Axis], folder: Path) -> tuple[Points, int]:
-    """What gives the points, and how many; every configuration that is known already is checked.
-
-    Raises:
-      ConfigError: a point whose configuration is refused.
-    """
-    train = config.train
-    is_listed = sweep.method != "tpe"
-    listed = list_points(axes, sweep, config.seed) if is_listed else [random_point(axes, config.seed, i) for i in range(64)]
-    for point in listed:
-        check_config(apply(train, point.settings), SECTIONS, f"point {point.values}")
-    if is_listed and sweep.prune == "none":
-        return ListedPoints(listed), len(listed)
-    every = train.training.checkpoint_every
-    study = StudyPoints(axes, sweep, config.seed, every, folder / "study.db")
-    return study, len(listed) if is_listed else sweep.points
+    return HereEngine(lambda folder, config, watch: train_trial(folder, config, watch, display))
 
 
 def run_sweep(run: RunFolder, engine_name: str, launch: LaunchConfig) -> dict[str, Any]:
@@ -159,7 +137,10 @@ def run_sweep(run: RunFolder, engine_name: str, launch: LaunchConfig) -> dict[st
     sweep = section(SweepConfig, config.sweep, "config.sweep")
     axes = read_axes(config.space, SECTIONS)
     check_reference(sweep.reference, axes)
-    points, num_points = make_points(config, sweep, axes, run.path)
+    every = config.train.training.checkpoint_every
+    points, examples = open_points(axes, sweep, config.seed, every, run.path / "study.db")
+    for point in examples:
+        check_config(apply(config.train, point.settings), SECTIONS, f"point {point.values}")
     ended: list[Ended] = []
 
     def record(is_complete: bool) -> dict[str, Any]:
@@ -168,7 +149,10 @@ def run_sweep(run: RunFolder, engine_name: str, launch: LaunchConfig) -> dict[st
         write_json(run.path / "sweep.json", summary)
         return summary
 
-    with progress_display() as display, bar(display, "trials", num_points * sweep.seeds) as progress:
+    with (
+        progress_display() as display,
+        bar(display, "trials", (sweep.points or len(examples)) * sweep.seeds) as progress,
+    ):
 
         def on_end(one: Ended) -> None:
             ended.append(one)
@@ -230,13 +214,18 @@ def main(command: Command) -> None:
         summary = run_sweep(run, command.choices["engine"], launch)
         chosen = summary["chosen"]
         run.write_results(
-            {"title": "A sweep", "headline": {"test bits/byte": chosen["test"]["mean"]} if chosen else {"chosen": "none"}}
+            {
+                "title": "A sweep",
+                "headline": {"test bits/byte": chosen["test"]["mean"]} if chosen else {"chosen": "none"},
+            }
         )
         run.finish()
-        picture = run.subfolder("pictures") / "surface.png"
-        plot_sweep(summary).savefig(picture, dpi=160, facecolor="white")
         print_table(console, summary)
-        console.print(f"table: {run.path / 'trials.parquet'}\npicture: {picture}", soft_wrap=True)
+        console.print(f"table: {run.path / 'trials.parquet'}", soft_wrap=True)
+        if chosen:
+            picture = run.subfolder("pictures") / "surface.png"
+            plot_sweep(summary).savefig(picture, dpi=160, facecolor="white")
+            console.print(f"picture: {picture}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -87,7 +86,7 @@ class PopulationEngine:
 def _what_is_shared(trial: Trial) -> str:
     """The configuration without what members may have for themselves."""
     keys = [f"{section}.{name}" for section, names in MEMBER_SETTINGS.items() for name in names]
-    return to_json(apply(trial.config, {key: None for key in [*keys, "seed"]}))
+    return to_json(apply(trial.config, dict.fromkeys([*keys, "seed"])))
 
 
 class Population:

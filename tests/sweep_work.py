@@ -13,25 +13,23 @@ import time
 from ml_collections import ConfigDict
 
 from moe_jax.runs import MetricsWriter, RunFolder, from_json, read_json, write_json
+from moe_jax.training.loop import TrainingConfig
+from moe_jax.training.optimizer import OptimizerConfig
 from moe_jax.training.sweeps import (
     HereEngine,
-    ListedPoints,
     Schedule,
-    StudyPoints,
     SweepConfig,
     TrialStopped,
     choice,
     is_to_stop,
-    list_points,
     log_uniform,
     make_trials,
+    open_points,
     read_axes,
     space,
     summarise,
     write_table,
 )
-from moe_jax.training.optimizer import OptimizerConfig
-from moe_jax.training.loop import TrainingConfig
 
 SECTIONS = {"optimizer": OptimizerConfig, "training": TrainingConfig}
 CONFIG = ConfigDict({"seed": 0, "pause": 0.0, "optimizer": {"learning_rate": 1e-3}, "training": {"steps": 4}})
@@ -90,10 +88,7 @@ def run_sweep(folder, engine, axes, sweep, config=CONFIG, retries=2):
     """A sweep of these trials: its summary."""
     folder = pathlib.Path(folder)
     folder.mkdir(exist_ok=True)
-    is_study = sweep.method == "tpe" or sweep.prune != "none"
-    points = (
-        StudyPoints(axes, sweep, 0, 1, folder / "study.db") if is_study else ListedPoints(list_points(axes, sweep, 0))
-    )
+    points, _ = open_points(axes, sweep, 0, 1, folder / "study.db")
     ended = []
     try:
         Schedule(

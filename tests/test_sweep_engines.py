@@ -172,7 +172,7 @@ def test_a_ray_cluster_of_two_nodes_of_which_a_worker_is_killed(tmp_path, cluste
 
 
 def test_an_engine_whose_package_is_missing_is_refused_with_what_to_install():
-    with pytest.raises(ConfigError, match=r"needs the package 'raay'; install it with: pip install 'moe_jax\[scale\]'"):
+    with pytest.raises(ConfigError, match=r"needs the package 'raay'; install it: pip install 'moe_jax\[scale\]'"):
         require_package("raay", "ray")
 
 

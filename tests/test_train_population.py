@@ -80,4 +80,7 @@ def test_members_differ(folders):
 def test_a_member_that_diverges_fails_alone(folders):
     outcomes = {trial.name: read_outcome(trial.folder) for trial in trials_in(folders[0], None)}
     assert [outcome.state for outcome in outcomes.values()] == ["finished"] * 4 + ["failed"] * 2
-    assert "nan at step" in outcomes["0004-seed0"].error and "lower optimizer.learning_rate" in outcomes["0004-seed0"].error
+    assert (
+        "nan at step" in outcomes["0004-seed0"].error
+        and "lower optimizer.learning_rate" in outcomes["0004-seed0"].error
+    )

@@ -112,9 +112,7 @@ def make_population_step(
       the metrics of `make_train_step`, with a leading `[P]`.
     """
 
-    def step_of(
-        state: TrainState, member: Members, tokens: Array, mask: Array
-    ) -> tuple[TrainState, dict[str, Array]]:
+    def step_of(state: TrainState, member: Members, tokens: Array, mask: Array) -> tuple[TrainState, dict[str, Array]]:
         step = make_train_step(
             graphdef,
             make_optimizer(_with(optimizer, member, "optimizer"), num_steps),
@@ -137,7 +135,7 @@ def population_mesh(num_members: int) -> jax.sharding.Mesh:
 
 
 def use_all_cores() -> None:
-    """Makes every CPU core a device of its own, if nothing has counted devices yet and XLA_FLAGS does not say how many."""
+    """Makes every CPU core a device, if nothing has asked for devices yet and XLA_FLAGS does not say how many."""
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))

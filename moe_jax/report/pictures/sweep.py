@@ -108,10 +108,13 @@ def _draw_map(axes: Sequence[Mapping[str, Any]], points: Sequence[Mapping[str, A
     drawn = [np.log(values) if axis["is_log"] else values for values, axis in zip((x, y), axes, strict=True)]
     triangles = Triangulation(*drawn).triangles  # neighbours as they are seen
     surface = panel.tricontourf(Triangulation(x, y, triangles), mean, levels=12, cmap=_MAP)
-    panel.scatter(x, y, c=mean, cmap=_MAP, norm=surface.norm, edgecolors=INK, linewidths=0.6, s=36, zorder=3, clip_on=False)
+    scale: Any = {"cmap": _MAP, "vmin": surface.levels[0], "vmax": surface.levels[-1]}
+    panel.scatter(x, y, c=mean, edgecolors=INK, linewidths=0.6, s=36, zorder=3, clip_on=False, **scale)
     for point, left, height in zip(points, x, y, strict=True):
         if point["number"] == chosen:
-            panel.scatter(left, height, facecolors="none", edgecolors=RED, s=120, linewidths=1.8, zorder=4, clip_on=False)
+            panel.scatter(
+                left, height, facecolors="none", edgecolors=RED, s=120, linewidths=1.8, zorder=4, clip_on=False
+            )
     figure.colorbar(surface, ax=panel, label=_LOSS).outline.set_edgecolor(MUTED)
     panel.set(xlabel=axes[0]["name"], ylabel=axes[1]["name"])
     return figure

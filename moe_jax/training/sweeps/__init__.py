@@ -24,7 +24,7 @@ from moe_jax.training.sweeps.space import (
     uniform,
     variants,
 )
-from moe_jax.training.sweeps.study import StudyPoints
+from moe_jax.training.sweeps.study import StudyPoints, open_points
 from moe_jax.training.sweeps.summary import check_reference, interval_of, summarise, write_table
 from moe_jax.training.sweeps.trials import Outcome, Trial, TrialStopped, is_to_stop, make_trials, read_outcome
 
@@ -56,6 +56,7 @@ __all__ = [
     "log_integers",
     "log_uniform",
     "make_trials",
+    "open_points",
     "random_point",
     "read_axes",
     "read_outcome",

@@ -45,7 +45,7 @@ class SweepConfig:
             if getattr(self, name) < least:
                 raise ValueError(f"sweep.{name} is {getattr(self, name)}, expected at least {least}")
         if self.method != "grid" and not self.points:
-            raise ValueError(f"sweep.points is 0, and method={self.method!r} has no end of its own; say how many points")
+            raise ValueError(f"sweep.points is 0, and {self.method!r} has no end of its own; say how many")
         if len(self.reference) not in (0, 2):
             raise ValueError(f"sweep.reference is {self.reference}, expected an axis and one of its values, or nothing")
 

@@ -106,7 +106,8 @@ class Schedule:
             return
         for step, loss in read_evaluations(trial.folder).items():
             if self._points.report(trial.point, step, loss):
-                return tell_to_stop(trial.folder, step)
+                tell_to_stop(trial.folder, step)
+                break
 
     def _end(self, trial: Trial, outcome: Outcome) -> None:
         """Notes a trial's end, and its point's if it was the last."""

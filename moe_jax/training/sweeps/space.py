@@ -6,14 +6,13 @@ config.space = space({
     "network": variants({"experts": {}, "dense": {"model.layers": ("dense", "dense")}}),
 })
 
-An axis is named by the dotted key that it sets; `variants` set several keys at once, or none, and the name is free. In a
-configuration an axis is a plain tuple, `("model.num_experts", "choice", 4, 8, 16)`, so that it is recorded as JSON.
+An axis is named by the dotted key that it sets; `variants` set several keys at once, or none, and the name is free. In
+a configuration an axis is a plain tuple, `("model.num_experts", "choice", 4, 8, 16)`, so that it is recorded as JSON.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -65,10 +64,11 @@ class Axis:
         if self.values is not None:
             return self.values[int(fraction * len(self.values))]
         low, high = self.arguments
-        if self.kind.endswith("integers"):
+        is_integer = self.kind.endswith("integers")
+        if is_integer:
             low, high = low - 0.5, high + 0.5  # each integer has the piece of the line around it
-        value = math.exp(math.log(low) + fraction * math.log(high / low)) if self.is_log else low + fraction * (high - low)
-        return min(max(round(value), self.arguments[0]), self.arguments[1]) if self.kind.endswith("integers") else value
+        value = low * (high / low) ** fraction if self.is_log else low + fraction * (high - low)
+        return min(max(round(value), self.arguments[0]), self.arguments[1]) if is_integer else value
 
     def settings(self, value: Any) -> Settings:
         """The keys that a value stands for."""
@@ -173,31 +173,45 @@ def _read_axis(name: str, kind: str, *arguments: Any, sections: Sections) -> Axi
     if not arguments:
         raise ConfigError(f"{where} has no values; give at least one")
     if kind == "variants":
-        checked = tuple(
-            (variant, tuple((key, _convert(key, value, sections, where)) for key, value in pairs))
-            for variant, pairs in arguments
-        )
+        _require_different([variant for variant, _ in arguments], where)
+        pairs = [(variant, _convert_pairs(settings, sections, where)) for variant, settings in arguments]
+        return Axis(name, kind, tuple(pairs))
+    values = tuple(_convert(name, value, sections, where) for value in arguments)
+    if kind == "choice":
+        _require_different(values, where)
     else:
-        checked = tuple(_convert(name, value, sections, where) for value in arguments)
-    values = [variant for variant, _ in checked] if kind == "variants" else checked
-    if kind in ("choice", "variants"):
-        if repeated := [value for index, value in enumerate(values) if value in values[:index]]:
-            raise ConfigError(f"{where} names {repeated[0]!r} twice")
-        return Axis(name, kind, checked)
-    if len(checked) != 2 or not all(type(value) in (int, float) for value in checked) or not checked[0] < checked[1]:
-        raise ConfigError(f"{where} is {kind}{arguments}, expected two numbers, the lower one first")
-    if kind.startswith("log_") and checked[0] <= 0:
-        raise ConfigError(f"{where} starts at {checked[0]}; a logarithmic range needs a lower end above 0")
-    if kind.endswith("integers") != all(type(value) is int for value in checked):
-        raise ConfigError(f"{where} is {kind}{arguments}; {name} takes {'numbers' if 'int' in kind else 'integers'}")
-    return Axis(name, kind, checked)
+        _require_ends(name, kind, values, where)
+    return Axis(name, kind, values)
+
+
+def _require_different(values: Sequence[Any], where: str) -> None:
+    """Refuses a value that is there twice."""
+    if repeated := [value for index, value in enumerate(values) if value in values[:index]]:
+        raise ConfigError(f"{where} names {repeated[0]!r} twice")
+
+
+def _require_ends(name: str, kind: str, ends: tuple[Any, ...], where: str) -> None:
+    """Refuses what is no range of that kind."""
+    if len(ends) != 2 or not all(type(end) in (int, float) for end in ends) or not ends[0] < ends[1]:
+        raise ConfigError(f"{where} is {kind}{ends}, expected two numbers, the lower one first")
+    if kind.startswith("log_") and ends[0] <= 0:
+        raise ConfigError(f"{where} starts at {ends[0]}; a logarithmic range needs a lower end above 0")
+    if kind.endswith("integers") != all(type(end) is int for end in ends):
+        raise ConfigError(f"{where} is {kind}{ends}; {name} takes {'numbers' if 'int' in kind else 'integers'}")
+
+
+def _convert_pairs(pairs: Sequence[Sequence[Any]], sections: Sections, where: str) -> tuple[tuple[str, Any], ...]:
+    """The keys and values of a variant, checked."""
+    return tuple((key, _convert(key, value, sections, where)) for key, value in pairs)
 
 
 def _convert(key: str, value: Any, sections: Sections, where: str) -> Any:
     """A value in the type that its key asks for."""
     head, *rest = key.split(".")
     known = {
-        f"{name}.{field}": hint for name, kind in sections.items() for field, hint in typing.get_type_hints(kind).items()
+        f"{name}.{field}": hint
+        for name, kind in sections.items()
+        for field, hint in typing.get_type_hints(kind).items()
     }
     field = f"{head}.{rest[0]}" if rest else head
     hint = known.get(field)

@@ -11,11 +11,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_jax.training.sweeps.points import Point, SweepConfig, list_points, make_point
+from moe_jax.training.sweeps.points import (
+    ListedPoints,
+    Point,
+    Points,
+    SweepConfig,
+    list_points,
+    make_point,
+    random_point,
+)
 from moe_jax.training.sweeps.space import Axis
 
 if TYPE_CHECKING:
     import optuna
+
+_EXAMPLES = 64  # points of a space without end that are checked up front
 
 
 class StudyPoints:
@@ -101,6 +111,30 @@ class StudyPoints:
 
     def _is_open(self, point: Point) -> bool:
         return not self._frozen(point).state.is_finished()
+
+
+def open_points(
+    axes: Sequence[Axis], config: SweepConfig, seed: int, evaluate_every: int, file: Path
+) -> tuple[Points, list[Point]]:
+    """What gives the points of a sweep.
+
+    Args:
+      axes: the space.
+      config: how to search it.
+      seed: of the draws.
+      evaluate_every: steps from one evaluation of a trial to the next.
+      file: of the study, if one is needed: for "tpe", and for early stops.
+
+    Returns:
+      The points, and those that can be checked before anything is trained: all of them, or random ones of the space.
+    """
+    if config.method == "tpe":
+        examples = [random_point(axes, seed, number) for number in range(_EXAMPLES)]
+    else:
+        examples = list_points(axes, config, seed)
+        if config.prune == "none":
+            return ListedPoints(examples), examples
+    return StudyPoints(axes, config, seed, evaluate_every, file), examples
 
 
 def _encode(axis: Axis, value: Any) -> Any:

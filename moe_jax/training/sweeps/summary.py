@@ -56,14 +56,22 @@ def summarise(
 
     Returns:
       JSON-able: `axes`, `points` in order, `chosen` (None before the end, or if no point has all its seeds) with its
-      `test` loss, and `comparisons` with the reference. Losses are bits per byte, intervals 95 % by Student's t over seeds.
+      `test` loss, and `comparisons` with the reference. Losses are bits per byte, intervals 95 % by Student's t over
+      seeds.
     """
     points: dict[int, dict[str, Any]] = {}
     for one in sorted(ended, key=lambda one: (one.trial.point.number, one.trial.seed)):
         point = one.trial.point
         row = points.setdefault(
             point.number,
-            {"number": point.number, "values": point.values, "state": "finished", "seeds": [], "loss": [], "errors": []},
+            {
+                "number": point.number,
+                "values": point.values,
+                "state": "finished",
+                "seeds": [],
+                "loss": [],
+                "errors": [],
+            },
         )
         if one.outcome.state == "finished":
             row["seeds"].append(one.trial.seed)
@@ -126,7 +134,9 @@ def _choose(rows: Sequence[dict[str, Any]], ended: Sequence[Ended]) -> dict[str,
     best = min(complete, key=lambda row: row["mean"])
     trials = [one.trial for one in ended if one.trial.point.number == best["number"]]
     test = [read_loss(trial.folder, "test") for trial in sorted(trials, key=lambda trial: trial.seed)]
-    return {key: best[key] for key in ("number", "values", "mean", "interval")} | {"test": {"loss": test} | _interval(test)}
+    return {key: best[key] for key in ("number", "values", "mean", "interval")} | {
+        "test": {"loss": test} | _interval(test)
+    }
 
 
 def _compare(rows: Sequence[dict[str, Any]], name: str, value: Any) -> list[dict[str, Any]]:

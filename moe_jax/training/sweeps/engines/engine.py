@@ -81,7 +81,7 @@ def require_package(name: str, engine: str) -> None:
     import importlib.util
 
     if importlib.util.find_spec(name) is None:
-        raise ConfigError(f"engine {engine!r} needs the package {name!r}; install it with: pip install 'moe_jax[scale]'")
+        raise ConfigError(f"engine {engine!r} needs the package {name!r}; install it: pip install 'moe_jax[scale]'")
 
 
 def parcel(trial: Trial) -> tuple[str, str]:

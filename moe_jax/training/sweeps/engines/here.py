@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from moe_jax.runs import to_json
 from moe_jax.training.sweeps.engines.engine import Work
@@ -24,7 +25,7 @@ class HereEngine:
     def start(self, trials: list[Trial], watch: Callable[[Trial], None]) -> None:
         """Runs trials."""
         for trial in trials:
-            self._work(trial.folder, to_json(trial.config), lambda trial=trial: watch(trial))
+            self._work(trial.folder, to_json(trial.config), partial(watch, trial))
             self._ended.append((trial, ""))
 
     def wait(self) -> list[tuple[Trial, str]]:

@@ -1,4 +1,4 @@
-"""Trials as SLURM jobs through submitit (https://github.com/facebookincubator/submitit), or as processes of this machine.
+"""Trials as SLURM jobs through submitit (https://github.com/facebookincubator/submitit), or as processes here.
 
 submitit carries a function and its arguments to a job in a pickle of its own making, below the sweep's folder; what a
 job returns is not read: a trial's outcome lies in its run folder. A job that meets its time limit, or is preempted, is
