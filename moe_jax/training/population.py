@@ -97,6 +97,8 @@ def make_population_step(
     loss: LossConfig,
     num_steps: int,
     mesh: jax.sharding.Mesh,
+    *,
+    in_turn: bool | None = None,
 ) -> PopulationStep:
     """One step of every member, to be jitted with a donated state.
 
@@ -106,6 +108,7 @@ def make_population_step(
       loss: the same for the losses.
       num_steps: length of the schedule.
       mesh: devices along an axis `AXIS`, whose number divides P.
+      in_turn: whether a device takes its members one after the other; None for what suits its kind.
 
     Returns:
       A function of state, members, `tokens [P, B, S+1]` int32 and `mask [P, B, S+1]` bool that gives the next state and
@@ -121,10 +124,12 @@ def make_population_step(
         )
         return step(state, tokens, mask, None)
 
-    def in_turn(*arguments: Any) -> tuple[TrainState, dict[str, Array]]:
+    def one_by_one(*arguments: Any) -> tuple[TrainState, dict[str, Array]]:
         return jax.lax.map(lambda one: step_of(*one), arguments)
 
-    steps = in_turn if mesh.devices.flat[0].platform == "cpu" else jax.vmap(step_of)
+    if in_turn is None:
+        in_turn = mesh.devices.flat[0].platform == "cpu"
+    steps = one_by_one if in_turn else jax.vmap(step_of)
     spec = jax.sharding.PartitionSpec(AXIS)
     return jax.shard_map(steps, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
 
