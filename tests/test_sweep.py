@@ -44,7 +44,7 @@ def sweep(*arguments):
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     """Folder and output of a tiny sweep, as two compiled populations."""
-    path = tmp_path_factory.mktemp("runs") / "tiny"
+    path = tmp_path_factory.mktemp("runs") / "sweep" / "tiny"
     done = sweep(TINY, "--engine=vmap", "--workdir", path)
     assert done.returncode == 0, done.stderr
     return path, done.stdout
@@ -65,8 +65,8 @@ def test_the_folder_has_every_promised_file(job):
     assert summary["chosen"]["number"] == best["number"]
     assert (folder / "pictures" / "surface.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert "chosen:" in printed and "trials.parquet" in printed
-    (listed,) = list_runs(folder)
-    assert "test bits/byte" in listed.headline
+    (listed,) = list_runs(folder.parent.parent)
+    assert listed.path == folder and "test bits/byte" in listed.headline
 
 
 def test_what_is_wrong_is_one_line_and_exit_code_2_before_anything_is_made(tmp_path):

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from configs.sweeps import tiny
-from experiments.sweep import SECTIONS, run_trial
+from experiments.sweep import SECTIONS
+from experiments.sweep_trial import train_trial
 from experiments.train_population import PopulationEngine
 from moe_jax.runs import read_json, read_metrics, to_json
 from moe_jax.runs.bars import progress_display
@@ -48,7 +49,7 @@ def folders(tmp_path_factory):
         engine.start(trials_in(together, None), lambda trial: None)
         assert len(engine.wait()) == 6
         for trial in trials_in(alone, ALONE):
-            run_trial(trial.folder, to_json(trial.config), lambda: None, display)
+            train_trial(trial.folder, to_json(trial.config), lambda: None, display)
     return together, alone
 
 

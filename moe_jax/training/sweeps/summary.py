@@ -78,7 +78,8 @@ def summarise(
             row["loss"].append(one.outcome.loss)
         else:
             row["state"] = one.outcome.state
-            row["stopped_at"] = one.outcome.step
+            if one.outcome.state == "stopped":
+                row["stopped_at"] = one.outcome.step
             if one.outcome.error:
                 row["errors"].append(f"{one.trial.name}: {one.outcome.error}")
     rows = [points[number] for number in sorted(points)]
