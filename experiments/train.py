@@ -9,6 +9,7 @@ Examples:
   python -m experiments.train --config configs/train_mesh.py
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from experiments.text import read_tokens
-from moe_jax.data import DataConfig, pack, train_batches
+from moe_jax.data import DataConfig, Document, pack, train_batches
 from moe_jax.hosts import is_first_host
 from moe_jax.models.config import DecoderConfig
 from moe_jax.models.decoder import Decoder
@@ -41,12 +42,15 @@ from moe_jax.training.throughput import Meter, useful_flops
 from moe_jax.training.tracking import Tracker, TrackingConfig
 
 
-def train_model(run: RunFolder, display: Progress) -> dict[str, Any]:
+def train_model(
+    run: RunFolder, display: Progress, on_evaluate: Callable[[int], None] = lambda step: None
+) -> dict[str, Any]:
     """Trains in a run's folder, from where an earlier process stopped.
 
     Args:
       run: the open run folder.
       display: where the bar is drawn.
+      on_evaluate: called with the step once its held-out loss is on disk; an exception ends the training there.
 
     Returns:
       What `results.json` holds; `headline` has the held-out loss.
@@ -100,6 +104,7 @@ def train_model(run: RunFolder, display: Progress) -> dict[str, Any]:
             evaluation.append(step, {"bits_per_byte": nll.sum() / num_bytes.sum() / LOG2})
             evaluation.flush()
             meter.flush()
+            on_evaluate(step)
 
         state = train_stage(
             run,
@@ -119,11 +124,18 @@ def train_model(run: RunFolder, display: Progress) -> dict[str, Any]:
             keep_every=training.keep_every,
         )
     bits = {split: bits_per_byte(held_out[split], *measure(split, state)) for split in held_out}
+    return training_results(splits, model, state.params, bits)
+
+
+def training_results(
+    splits: Mapping[str, Sequence[Document]], model: DecoderConfig, params: nnx.State, bits: dict[str, Any]
+) -> dict[str, Any]:
+    """What `results.json` holds, from `bits_per_byte` of each held-out split."""
     return {
         "title": "Training a language model",
         "headline": {"test bits/byte": bits["test"]["all"]},
         "data": describe_data(splits),
-        "model": describe_model(model, state.params),
+        "model": describe_model(model, params),
         "model_bits_per_byte": bits,
     }
 

@@ -21,7 +21,7 @@ LAYERS = [
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-HEAVY = {"torch", "transformers", "fastapi", "ray", "tokamax", "tensorboard", "mlflow", "wandb"}
+HEAVY = {"torch", "transformers", "fastapi", "ray", "optuna", "submitit", "tokamax", "tensorboard", "mlflow", "wandb"}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

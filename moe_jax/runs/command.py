@@ -1,6 +1,7 @@
 """The command line that every experiment has.
 
-`--config`, `--config.<key>=value`, `--workdir`, `--resume`, `--hosts`, `--help`.
+`--config`, `--config.<key>=value`, `--workdir`, `--resume`, `--hosts`, `--help`. An experiment may have choices of its
+own besides, which are no part of what the run is.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import hashlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NoReturn
 
 from ml_collections import ConfigDict
@@ -39,21 +41,29 @@ class Command:
       workdir: the run's own folder.
       resume: refuse to start a new run.
       hosts: how the hosts of a program of several find each other, for `initialize_hosts`; None for one host.
+      choices: what was chosen of the experiment's own choices.
     """
 
     config: ConfigDict
     workdir: Path
     resume: bool
     hosts: str | None = None
+    choices: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def run_script(main: Callable[[Command], None], default_config: str, argv: Sequence[str] | None = None) -> int:
+def run_script(
+    main: Callable[[Command], None],
+    default_config: str,
+    argv: Sequence[str] | None = None,
+    choices: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> int:
     """Runs an experiment from the command line; what a person can mend becomes one line instead of a traceback.
 
     Args:
       main: the experiment; its module's docstring is the text of `--help`.
       default_config: path of the configuration that `--config` replaces.
       argv: arguments without the program's name; None takes those of the process.
+      choices: name of an option -> its values, the default first, as in `{"engine": ("here", "ray")}`.
 
     Returns:
       The exit code: 0, also where SIGTERM stopped the program; 2 after an error that a person can mend; 130 after
@@ -65,7 +75,8 @@ def run_script(main: Callable[[Command], None], default_config: str, argv: Seque
     program = f"python -m {module.__spec__.name}" if module.__spec__ else Path(sys.argv[0]).name
     again = "the same command continues it"
     try:
-        command = parse_command(sys.argv[1:] if argv is None else argv, default_config, program, module.__doc__ or "")
+        arguments = sys.argv[1:] if argv is None else argv
+        command = parse_command(arguments, default_config, program, module.__doc__ or "", choices)
         again = f"to continue: {program} --workdir {command.workdir} --resume"
         if command.hosts:
             initialize_hosts(command.hosts)
@@ -92,7 +103,13 @@ def run_script(main: Callable[[Command], None], default_config: str, argv: Seque
     return code
 
 
-def parse_command(argv: Sequence[str], default_config: str, program: str, description: str) -> Command:
+def parse_command(
+    argv: Sequence[str],
+    default_config: str,
+    program: str,
+    description: str,
+    choices: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> Command:
     """Reads the arguments of an experiment.
 
     `--resume` with a `--workdir` and no `--config…` takes the configuration that the run recorded. The default workdir
@@ -103,6 +120,7 @@ def parse_command(argv: Sequence[str], default_config: str, program: str, descri
       default_config: path of the configuration that `--config` replaces.
       program: how the experiment is called, ending in its name after the last dot or space.
       description: text of `--help`.
+      choices: as in `run_script`.
 
     Returns:
       The command.
@@ -118,12 +136,15 @@ def parse_command(argv: Sequence[str], default_config: str, program: str, descri
     parser.add_argument("--resume", action="store_true", help="continue the run in the folder, never start a new one")
     parser.add_argument("--hosts", metavar="ADDRESS:PORT,COUNT,INDEX", help=_HOSTS)
     parser.add_argument("--help", "-h", action="store_true", help="show this text")
+    for name, values in choices.items():
+        parser.add_argument(f"--{name}", choices=values, default=values[0], help=f"default: {values[0]}")
     arguments, rest = parser.parse_known_args(list(argv))
-    assignments = _assignments(rest)
+    chosen = {name: getattr(arguments, name) for name in choices}
+    assignments = _assignments(rest, ["config", "workdir", "resume", "hosts", "help", *choices])
     config_path = arguments.config or default_config
     recorded = arguments.workdir / "config.json" if arguments.workdir else None
     if arguments.resume and recorded and recorded.is_file() and not arguments.config and not assignments:
-        return Command(from_json(recorded.read_text()), arguments.workdir, True, arguments.hosts)
+        return Command(from_json(recorded.read_text()), arguments.workdir, True, arguments.hosts, chosen)
     config = load_config(config_path)
     if arguments.help:
         keys = [f"  {key} = {value!r}" for key, value in flatten(config).items()]
@@ -133,7 +154,7 @@ def parse_command(argv: Sequence[str], default_config: str, program: str, descri
     config = override(config, assignments)
     experiment = re.split(r"[. ]", program.removesuffix(".py"))[-1]
     workdir = arguments.workdir or Path("runs") / experiment / _run_name(config_path, config, assignments)
-    return Command(config, workdir, arguments.resume, arguments.hosts)
+    return Command(config, workdir, arguments.resume, arguments.hosts, chosen)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -143,15 +164,15 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see --help)")
 
 
-def _assignments(arguments: Sequence[str]) -> dict[str, str]:
-    """Reads `--config.key=value` and `--config.key value`."""
+def _assignments(arguments: Sequence[str], options: Sequence[str]) -> dict[str, str]:
+    """Reads `--config.key=value` and `--config.key value`; anything else is meant as one of the options."""
     remaining = list(arguments)
     assignments = {}
     while remaining:
         argument = remaining.pop(0)
         option, equals, value = argument.partition("=")
         if not option.startswith("--config."):
-            known = nearest_known(option, ["--config", "--workdir", "--resume", "--hosts", "--help"])
+            known = nearest_known(option, [f"--{name}" for name in options])
             raise ConfigError(f"unknown argument {argument!r}{known}")
         if not equals:
             if not remaining or remaining[0].startswith("--"):

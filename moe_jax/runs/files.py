@@ -51,9 +51,14 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Removes what killed processes left of their `write_atomic` below a folder, which nobody else may be writing."""
+    """Removes what killed processes left of their `write_atomic` below a folder, which nobody else may be writing.
+
+    Runs inside the folder, such as the trials of a sweep, clean up after themselves: another process may have them.
+    """
+    inner = {status.parent for status in folder.rglob("status.json")} - {folder}
     for path in folder.rglob(f".*{_PARTIAL}"):
-        path.unlink()
+        if inner.isdisjoint(path.parents):
+            path.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from moe_jax.models.execution import Remat
 from moe_jax.runs import RunError
 from moe_jax.training.compiles import warn_of_recompiles
-from moe_jax.training.spikes import SpikeConfig
 from moe_jax.training.mesh import place_batch, replicated
+from moe_jax.training.spikes import SpikeConfig
 from moe_jax.training.step import TrainState, TrainStep
 from moe_jax.types import Topology
 

@@ -73,19 +73,15 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int, heal_steps: 
     peak, end = config.learning_rate, config.learning_rate * config.final_fraction
     warmup_steps = min(config.warmup_steps, max(num_steps - 1, 0))
     if config.schedule == "cosine":
-        schedule = optax.warmup_cosine_decay_schedule(
-            init_value=0.0,
-            peak_value=peak,
-            warmup_steps=warmup_steps,
-            decay_steps=max(num_steps, 1),
-            end_value=end,
-        )
+        # What optax.warmup_cosine_decay_schedule puts together, but for a learning rate that may be traced.
+        fall = optax.cosine_decay_schedule(peak, max(num_steps, 1) - warmup_steps, alpha=config.final_fraction)
+        schedule = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), fall], [warmup_steps])
     else:
         pieces, marks = [optax.linear_schedule(0.0, peak, warmup_steps), optax.constant_schedule(peak)], [warmup_steps]
         if config.schedule == "wsd":
-            fall = min(round(config.decay_fraction * num_steps), num_steps - warmup_steps)
-            pieces.append(optax.linear_schedule(peak, end, fall))
-            marks.append(num_steps - fall)
+            fall_steps = min(round(config.decay_fraction * num_steps), num_steps - warmup_steps)
+            pieces.append(optax.linear_schedule(peak, end, fall_steps))
+            marks.append(num_steps - fall_steps)
         schedule = optax.join_schedules(pieces, marks)
     if not heal_steps:
         return schedule

@@ -206,7 +206,7 @@ def make_train_step(
             if sums is None:  # a model without MoE layers has nothing to balance
                 return jnp.float32(0)
             losses = _router_losses(sums)
-            loss = sum(weight * losses[name] for name in losses if (weight := getattr(config, name)))
+            loss = sum(getattr(config, name) * losses[name] for name in losses if _acts(getattr(config, name)))
             return jnp.mean(loss + nnx.merge(graphdef, state.params, state.balance).router_penalty(sums.stats))
 
         targets = jnp.maximum(_is_target(mask, segments).sum(dtype=jnp.float32), 1.0)
@@ -269,7 +269,7 @@ def _router_sums(stats: RouterStats, num_sequences: int, length: int, config: Lo
         ("balance_sequence", "sequence", num_sequences),
         ("balance_token", "token", num_sequences * length),
     ):
-        if not getattr(config, name):
+        if not _acts(getattr(config, name)):
             continue
         if num_groups % groups:
             raise ValueError(
@@ -287,6 +287,11 @@ def _router_losses(sums: RouterSums) -> dict[str, Array]:
     tokens = jnp.maximum(sums.stats.num_tokens, 1.0)
     losses = {name: loss(sums.stats) for name, loss in BATCH_LOSSES.items()}
     return losses | {name: total / tokens for name, total in sums.of_groups.items()}
+
+
+def _acts(weight: float | Array) -> bool:
+    """Whether a weight is not 0; one that is traced, as in a population, may be anything."""
+    return isinstance(weight, jax.Array) or weight != 0
 
 
 def _is_target(mask: Array, segments: Array | None) -> Array:

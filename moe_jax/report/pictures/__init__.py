@@ -8,6 +8,7 @@ from moe_jax.report.pictures.routing import (
     plot_specialisation,
 )
 from moe_jax.report.pictures.search import plot_comparison, plot_front, plot_masks, plot_search_curves
+from moe_jax.report.pictures.sweep import plot_sweep
 from moe_jax.report.pictures.training import plot_heal, plot_training
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "plot_masks",
     "plot_search_curves",
     "plot_specialisation",
+    "plot_sweep",
     "plot_training",
 ]
