@@ -136,8 +136,8 @@ if len(sys.argv) > 3:
     initialize_hosts(sys.argv[3].removeprefix("--hosts="))
 mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 sharding = {"w": jax.P(None, "data"), "b": jax.P("data"), "scale": jax.P(), "step": jax.P()}
-values = {"w": np.random.default_rng(0).normal(size=(64, 4096)).astype(np.float32), "b": np.arange(8, dtype=np.int32) - 3,
-          "scale": np.full((3, 3), 0.1, np.float32), "step": np.int32(5)}
+values = {"w": np.random.default_rng(0).normal(size=(64, 4096)).astype(np.float32),
+          "b": np.arange(8, dtype=np.int32) - 3, "scale": np.full((3, 3), 0.1, np.float32), "step": np.int32(5)}
 def placed(name, value):
     return jax.make_array_from_callback(value.shape, jax.NamedSharding(mesh, sharding[name]), lambda i: value[i])
 tree = {name: placed(name, value if action == "save" else np.zeros_like(value)) for name, value in values.items()}
@@ -157,9 +157,9 @@ with CheckpointStore(folder, keep_every=10) as store:
 """
 
 
-def told_by(folder, count: int, logs, devices: int) -> list[dict]:
+def told_by(folder, count: int, logs, devices: int, is_slurm: bool = False) -> list[dict]:
     """What each host finds in the newest good checkpoint."""
-    texts = finish(["-c", CHANGE_MESH, "restore", str(folder)], count, logs, devices=devices)
+    texts = finish(["-c", CHANGE_MESH, "restore", str(folder)], count, logs, devices, is_slurm)
     return [json.loads(text.splitlines()[-1]) for text in texts]
 
 
@@ -168,7 +168,7 @@ def test_a_state_moves_between_meshes_and_numbers_of_hosts(tmp_path):
     folder = tmp_path / "checkpoints"
     finish(["-c", CHANGE_MESH, "save", str(folder)], 2, tmp_path / "save", devices=2)
     assert sorted(path.name for path in folder.iterdir()) == ["10", "12", "13"]
-    for index, told in enumerate(told_by(folder, 4, tmp_path / "four", 1)):
+    for index, told in enumerate(told_by(folder, 4, tmp_path / "four", 1, is_slurm=True)):
         assert told == {
             "step": 13,
             "damaged": {},
