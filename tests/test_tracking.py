@@ -3,7 +3,6 @@
 import os
 import pathlib
 import signal
-import struct
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 from moe_jax.runs import ConfigError, section
+from moe_jax.training.sinks.wandb import read_records
 from moe_jax.training.tracking import KeyCapWarning, Tracker, TrackingConfig, with_percentiles
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -19,8 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:D
 
 # A run that logs steps 1 to 7, has a checkpoint at 4, and is killed; then one that goes on from there to 9.
 PROGRAM = """
-import os, pathlib, signal, sys
+import os, pathlib, signal, sys, time
 import numpy as np
+from moe_jax.training.sinks.wandb import stored_steps
 from moe_jax.training.tracking import Tracker, TrackingConfig
 
 start, stop = map(int, sys.argv[2:])
@@ -31,6 +32,9 @@ with Tracker(config, pathlib.Path(sys.argv[1]), {"model.width": 16, "data.folder
         load = np.array([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]]) + 0 * step
         tracker.record(step, {"loss": 10.0 / step, "z_loss": np.array([step, 2.0 * step]), "load": load})
     if stop == 7:
+        (file,) = pathlib.Path(sys.argv[1]).glob("tracking/wandb/wandb/offline*/*.wandb")
+        while max(stored_steps(file), default=0) < 7:  # its client writes in the background
+            time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGKILL)
 """
 SCALARS = {
@@ -99,7 +103,7 @@ def test_wandb(tracked):
     assert len(folders) == 2 and len({folder.name.rsplit("-", 1)[1] for folder in folders}) == 1, "one id"
     for folder in folders:
         (file,) = folder.glob("*.wandb")
-        for record in wandb_records(file.read_bytes()):
+        for record in read_records(file):
             if record.WhichOneof("record_type") == "history":
                 row = {
                     "/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item
@@ -111,31 +115,6 @@ def test_wandb(tracked):
             elif record.WhichOneof("record_type") == "run":
                 assert record.run.display_name == "demo" and record.run.host == "-", "nothing of the machine"
     assert_every_step_once(history)
-
-
-def wandb_records(data):
-    """The records of a `.wandb` file: LevelDB's log format behind 7 bytes, each a message of W&B's own protocol.
-
-    Blocks of 32 KiB; a piece has a checksum (4 bytes), length (2) and kind (1): whole, first, middle, last.
-    """
-    from wandb.proto import wandb_internal_pb2
-
-    assert data[:4] == b":W&B"
-    position, parts = 7, []
-    while position + 7 <= len(data):
-        if (room := 32768 - position % 32768) < 7:
-            position += room
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        if kind == 0:
-            break
-        parts.append(data[position + 7 : position + 7 + length])
-        position += 7 + length
-        if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(b"".join(parts))
-            yield record
-            parts = []
 
 
 def wide(num_layers, num_experts=4):
