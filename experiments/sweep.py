@@ -135,13 +135,13 @@ def print_table(console: Console, summary: dict[str, Any]) -> None:
     table = Table(title="Selection split, bits per byte, mean over seeds [95 %]", title_justify="left", box=SIMPLE)
     for axis in summary["axes"]:
         table.add_column(axis["name"])
-    for column in ("bits/byte", "against the reference", "seeds", "state"):
+    against = {comparison["point"]: _show(comparison, "+") for comparison in summary["comparisons"]}
+    for column in ("bits/byte", *(["against the reference"] if against else []), "seeds", "state"):
         table.add_column(column, justify="right")
-    against = {comparison["point"]: comparison for comparison in summary["comparisons"]}
     for row in sorted(summary["points"], key=lambda row: (row["mean"] is None, row["mean"])):
         values = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in row["values"].values()]
-        difference = _show(against[row["number"]], "+") if row["number"] in against else ""
-        table.add_row(*values, _show(row), difference, str(len(row["seeds"])), row["state"])
+        difference = [against.get(row["number"], "")] if against else []
+        table.add_row(*values, _show(row), *difference, str(len(row["seeds"])), row["state"])
     console.print(table)
     for error in [error for row in summary["points"] for error in row["errors"]]:
         console.print(error, soft_wrap=True, markup=False)

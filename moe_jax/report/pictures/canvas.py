@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 INK, MUTED, GRID = "#1f2733", "#66707d", "#dde1e6"
 PAPER = "#fdfdfc"
@@ -120,3 +122,10 @@ def label_right(figure: Figure, axes: Axes, labels: Sequence[tuple[float, str, s
             ha="left",
             arrowprops={"arrowstyle": "-", "color": GRID, "lw": 0.7, "shrinkA": 1, "shrinkB": 0},
         )
+
+
+def label_log_axis(axis: Axis, subs: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
+    """Labels a log axis with plain decimals at some places of a decade, so that a part of one has labels too."""
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

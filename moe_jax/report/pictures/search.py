@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import ArrayLike
 
 from moe_jax.report.pictures.canvas import (
@@ -22,6 +21,7 @@ from moe_jax.report.pictures.canvas import (
     MUTED,
     STYLE,
     WIDTH,
+    label_log_axis,
     label_right,
     single,
     small_multiples,
@@ -53,8 +53,8 @@ def plot_search_curves(curves: Mapping[str, tuple[ArrayLike, ArrayLike]], *, emp
             last = max(last, x[-1])
         axes.set(xlabel="evaluations", ylabel="best KL to the full model, nats per byte", xscale="log", yscale="log")
         axes.set_xlim(right=last)
-        _label_log_axis(axes.yaxis)
-        _label_log_axis(axes.xaxis)
+        label_log_axis(axes.yaxis)
+        label_log_axis(axes.xaxis)
         label_right(figure, axes, labels)
     return figure
 
@@ -232,10 +232,3 @@ def _lower_left(points: np.ndarray) -> np.ndarray:
     """Points of `[N, 2]` that no other beats in both coordinates, from left to right."""
     points = points[np.lexsort((points[:, 1], points[:, 0]))]
     return points[points[:, 1] <= np.minimum.accumulate(points[:, 1])]
-
-
-def _label_log_axis(axis: Axis) -> None:
-    """Labels a log axis with plain decimals at 1, 2 and 5, so that a part of a decade has labels too."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())

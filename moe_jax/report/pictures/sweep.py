@@ -11,10 +11,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.tri import Triangulation
 
-from moe_jax.report.pictures.canvas import BLUE, CYCLE, INK, MARKERS, MUTED, RED, STYLE, WIDTH, add_key, small_multiples
+from moe_jax.report.pictures.canvas import (
+    BLUE,
+    CYCLE,
+    INK,
+    MARKERS,
+    MUTED,
+    RED,
+    STYLE,
+    WIDTH,
+    add_key,
+    label_log_axis,
+    small_multiples,
+)
 
 _LOSS = "selection split, bits per byte"
 _MAP = "viridis_r"
+_SERIES = tuple(colour for colour in CYCLE if colour != RED)
 
 
 def plot_sweep(sweep: Mapping[str, Any]) -> Figure:
@@ -27,7 +40,7 @@ def plot_sweep(sweep: Mapping[str, Any]) -> Figure:
       sweep: what `training.sweeps.summarise` gives.
 
     Returns:
-      The figure; the chosen point is red, and bars are 95 % intervals over seeds where there are several.
+      The figure; the chosen point has a red ring, and bars are 95 % intervals over seeds where there are several.
     """
     axes = sweep["axes"]
     points = [point for point in sweep["points"] if point["mean"] is not None]
@@ -40,8 +53,7 @@ def plot_sweep(sweep: Mapping[str, Any]) -> Figure:
         columns = min(len(axes), 3)
         figure, panels = small_multiples(len(axes), columns, 3.0, sharey=True)
         for index, (panel, axis) in enumerate(zip(panels, axes, strict=True)):
-            _draw_points(panel, axis, points, BLUE, is_joined=len(axes) == 1)
-            _draw_points(panel, axis, [point for point in points if point["number"] == chosen], RED)
+            _draw_points(panel, axis, points, chosen, BLUE, is_joined=len(axes) == 1)
             panel.set_xlabel(axis["name"])
             if index % columns == 0:
                 panel.set_ylabel(_LOSS)
@@ -59,11 +71,11 @@ def _draw_lines(axes: Sequence[Mapping[str, Any]], points: Sequence[Mapping[str,
     for index, name in enumerate(names):
         mine = [point for point in points if str(point["values"][series["name"]]) == name]
         shift = 0.0 if across["is_numeric"] else 0.12 * (index - (len(names) - 1) / 2)
-        _draw_points(panel, across, mine, CYCLE[index % 6], is_joined=True, shift=shift, labels=positions, marker=index)
-        best = [point for point in mine if point["number"] == chosen]
-        _draw_points(panel, across, best, RED, shift=shift, labels=positions, marker=index)
+        _draw_points(
+            panel, across, mine, chosen, _SERIES[index % 5], is_joined=True, shift=shift, labels=positions, marker=index
+        )
     panel.set(xlabel=across["name"], ylabel=_LOSS)
-    add_key(figure, [(CYCLE[index % 6], name) for index, name in enumerate(names)])
+    add_key(figure, [(_SERIES[index % 5], name) for index, name in enumerate(names)])
     return figure
 
 
@@ -71,6 +83,7 @@ def _draw_points(
     panel: Axes,
     axis: Mapping[str, Any],
     points: Sequence[Mapping[str, Any]],
+    chosen: int | None,
     colour: str,
     *,
     is_joined: bool = False,
@@ -89,12 +102,16 @@ def _draw_points(
     ends = np.array([point["interval"] or (np.nan, np.nan) for point in points]).reshape(-1, 2)
     if axis["is_log"]:
         panel.set_xscale("log")
+        label_log_axis(panel.xaxis, (1.0, 2.0, 5.0) if x.max() < 30 * x.min() else (1.0, 3.0))
     elif not axis["is_numeric"]:
         panel.set_xticks(range(len(labels)), labels)
     panel.vlines(x, ends[:, 0], ends[:, 1], color=colour, lw=1.6, alpha=0.6)
     if is_joined:
         panel.plot(x[order], mean[order], color=colour, lw=1.2)
     panel.scatter(x, mean, color=colour, s=28, marker=MARKERS[marker % 6], zorder=3)
+    for point, left in zip(points, x, strict=True):
+        if point["number"] == chosen:
+            _ring(panel, left, point["mean"])
 
 
 def _draw_map(axes: Sequence[Mapping[str, Any]], points: Sequence[Mapping[str, Any]], chosen: int | None) -> Figure:
@@ -103,8 +120,12 @@ def _draw_map(axes: Sequence[Mapping[str, Any]], points: Sequence[Mapping[str, A
     panel = figure.subplots()
     x, y = (np.array([float(point["values"][axis["name"]]) for point in points]) for axis in axes)
     mean = np.array([point["mean"] for point in points])
-    for axis, set_scale in zip(axes, (panel.set_xscale, panel.set_yscale), strict=True):
-        set_scale("log" if axis["is_log"] else "linear")
+    for axis, set_scale, line in zip(
+        axes, (panel.set_xscale, panel.set_yscale), (panel.xaxis, panel.yaxis), strict=True
+    ):
+        if axis["is_log"]:
+            set_scale("log")
+            label_log_axis(line)
     drawn = [np.log(values) if axis["is_log"] else values for values, axis in zip((x, y), axes, strict=True)]
     triangles = Triangulation(*drawn).triangles  # neighbours as they are seen
     surface = panel.tricontourf(Triangulation(x, y, triangles), mean, levels=12, cmap=_MAP)
@@ -112,12 +133,15 @@ def _draw_map(axes: Sequence[Mapping[str, Any]], points: Sequence[Mapping[str, A
     panel.scatter(x, y, c=mean, edgecolors=INK, linewidths=0.6, s=36, zorder=3, clip_on=False, **scale)
     for point, left, height in zip(points, x, y, strict=True):
         if point["number"] == chosen:
-            panel.scatter(
-                left, height, facecolors="none", edgecolors=RED, s=120, linewidths=1.8, zorder=4, clip_on=False
-            )
+            _ring(panel, left, height)
     figure.colorbar(surface, ax=panel, label=_LOSS).outline.set_edgecolor(MUTED)
     panel.set(xlabel=axes[0]["name"], ylabel=axes[1]["name"])
     return figure
+
+
+def _ring(panel: Axes, x: float, y: float) -> None:
+    """Marks the chosen point."""
+    panel.scatter(x, y, facecolors="none", edgecolors=RED, s=120, linewidths=1.8, zorder=4, clip_on=False)
 
 
 def _labels(axis: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> list[str]:
