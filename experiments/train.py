@@ -9,7 +9,7 @@ Examples:
   python -m experiments.train --config configs/train_mesh.py
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from experiments.text import read_tokens
-from moe_jax.data import DataConfig, Document, pack, train_batches
+from experiments.text import Splits, read_tokens
+from moe_jax.data import Batch, DataConfig, Document, train_batches
 from moe_jax.hosts import is_first_host
 from moe_jax.models.config import DecoderConfig
 from moe_jax.models.decoder import Decoder
@@ -30,16 +30,59 @@ from moe_jax.report import write_report
 from moe_jax.report.results import describe_data, describe_model
 from moe_jax.runs import Command, MetricsWriter, RunFolder, flatten, read_json, run_script, section
 from moe_jax.runs.bars import progress_display
-from moe_jax.training.averaging import evaluated
-from moe_jax.training.evaluation import LOG2, bits_per_byte, make_evaluator
+from moe_jax.training.evaluation import LOG2
+from moe_jax.training.held_out import HeldOut
 from moe_jax.training.loop import TrainingConfig
-from moe_jax.training.mesh import MeshConfig, check_mesh, make_mesh
+from moe_jax.training.mesh import MeshConfig, batch_share, check_mesh, make_mesh
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.spikes import skip_spikes, watch_spikes
 from moe_jax.training.stage import train_stage
 from moe_jax.training.step import LossConfig, TrainState, init_state, make_train_step, merge_model
 from moe_jax.training.throughput import Meter, useful_flops
 from moe_jax.training.tracking import Tracker, TrackingConfig
+
+
+class Job:
+    """What a training run needs: the settings, the text, the model's structure, its first state and its step."""
+
+    def __init__(self, run: RunFolder, display: Progress):
+        """Reads settings and text, and initialises the model on its mesh."""
+        config = run.config
+        self.data = section(DataConfig, config.data, "config.data")
+        self.model = section(DecoderConfig, config.model, "config.model")
+        self.training = section(TrainingConfig, config.training, "config.training")
+        self.tracking = section(TrackingConfig, config.get("tracking", {}), "config.tracking")
+        loss = section(LossConfig, config.loss, "config.loss")
+        mesh = make_mesh(section(MeshConfig, config.get("mesh", {}), "config.mesh"))
+        check_mesh(mesh, self.model, self.data.batch_size, loss.micro_batches)
+        self.mesh = None if mesh.size == 1 else mesh
+        init_key, self.batch_key, noise_key = jax.random.split(jax.random.key(config.seed), 3)
+        self.splits: Splits = read_tokens(self.data, self.model.vocab_size, run.path, display)
+        optimizer = make_optimizer(section(OptimizerConfig, config.optimizer, "config.optimizer"), self.training.steps)
+        execution = Execution(self.mesh, self.training.remat)
+        graphdef, self.initial = init_state(
+            lambda key: Decoder(self.model, key=key, execution=execution), init_key, optimizer, self.mesh
+        )
+        self.step = make_train_step(graphdef, optimizer, loss, noise_key)
+        if (spikes := self.training.spikes) is not None:
+            self.initial, self.step = watch_spikes(self.initial, spikes), skip_spikes(self.step, spikes)
+        model_graphdef = nnx.graphdef(merge_model(graphdef, self.initial))
+        self.held_out = HeldOut(self.splits, self.data.sequence_length, model_graphdef, self.mesh)
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """This process's share of the batches behind step `start`."""
+        share = (0, 1) if self.mesh is None else batch_share(self.mesh)
+        return train_batches(self.splits["train"], self.data, self.batch_key, start, self.training.steps, *share)
+
+    def meter(self, run: RunFolder) -> Meter:
+        """What takes the time."""
+        return Meter(
+            MetricsWriter(run.path, "timing"),
+            tokens_per_step=self.data.batch_size * self.data.sequence_length,
+            flops_per_token=useful_flops(self.model, self.data.sequence_length),
+            every=self.tracking.every,
+            num_devices=1 if self.mesh is None else self.mesh.size,
+        )
 
 
 def train_model(
@@ -55,41 +98,11 @@ def train_model(
     Returns:
       What `results.json` holds; `headline` has the held-out loss.
     """
-    config = run.config
-    data = section(DataConfig, config.data, "config.data")
-    model = section(DecoderConfig, config.model, "config.model")
-    training = section(TrainingConfig, config.training, "config.training")
-    loss = section(LossConfig, config.loss, "config.loss")
-    devices = make_mesh(section(MeshConfig, config.get("mesh", {}), "config.mesh"))
-    check_mesh(devices, model, data.batch_size, loss.micro_batches)
-    mesh = None if devices.size == 1 else devices
-    execution = Execution(mesh, training.remat)
-    init_key, batch_key, noise_key = jax.random.split(jax.random.key(config.seed), 3)
-    splits = read_tokens(data, model.vocab_size, run.path, display)
-    held_out = {
-        name: pack(splits[name], data.sequence_length, context=data.sequence_length // 4)
-        for name in ("selection", "test")
-    }
-    bytes_per_token = held_out["selection"].num_bytes.sum() / held_out["selection"].is_scored.sum()
-    optimizer = make_optimizer(section(OptimizerConfig, config.optimizer, "config.optimizer"), training.steps)
-    graphdef, initial = init_state(lambda key: Decoder(model, key=key, execution=execution), init_key, optimizer, mesh)
-    step = make_train_step(graphdef, optimizer, loss, noise_key)
-    if training.spikes is not None:
-        initial, step = watch_spikes(initial, training.spikes), skip_spikes(step, training.spikes)
-    evaluate = make_evaluator(nnx.graphdef(merge_model(graphdef, initial)), batch_size=32, mesh=mesh)
-    evaluation = MetricsWriter(run.path, "evaluate")
-
-    def measure(split: str, state: TrainState) -> tuple[np.ndarray, np.ndarray]:
-        return evaluate(nnx.merge_state(evaluated(state), state.balance), held_out[split])
-
-    tracking = section(TrackingConfig, config.get("tracking", {}), "config.tracking")
-    with Tracker(tracking, run.path, flatten(config)) as tracker:
-        meter = Meter(
-            MetricsWriter(run.path, "timing"),
-            tokens_per_step=data.batch_size * data.sequence_length,
-            flops_per_token=useful_flops(model, data.sequence_length),
-            every=tracking.every,
-        )
+    job = Job(run, display)
+    evaluation, meter = MetricsWriter(run.path, "evaluate"), job.meter(run)
+    nats_per_bit = LOG2 * job.held_out.bytes_per_token
+    tracking = job.tracking if is_first_host() else TrackingConfig()
+    with Tracker(tracking, run.path, flatten(run.config)) as tracker:
 
         def on_start(start: int) -> None:
             evaluation.truncate_after(start)
@@ -100,8 +113,7 @@ def train_model(
             tracker.record(step, values | meter.record(step))
 
         def on_save(step: int, state: TrainState) -> None:
-            nll, num_bytes = measure("selection", state)
-            evaluation.append(step, {"bits_per_byte": nll.sum() / num_bytes.sum() / LOG2})
+            evaluation.append(step, {"bits_per_byte": job.held_out.selection_loss(state)})
             evaluation.flush()
             meter.flush()
             on_evaluate(step)
@@ -110,21 +122,20 @@ def train_model(
             run,
             display,
             "train",
-            initial,
-            step,
-            lambda start: train_batches(splits["train"], data, batch_key, start, training.steps),
-            steps=training.steps,
-            checkpoint_every=training.checkpoint_every,
-            note=lambda values: f"{values['cross_entropy'] / LOG2 / bytes_per_token:.2f} bits/byte",
+            job.initial,
+            job.step,
+            job.batches,
+            steps=job.training.steps,
+            checkpoint_every=job.training.checkpoint_every,
+            note=lambda values: f"{values['cross_entropy'] / nats_per_bit:.2f} bits/byte",
             on_start=on_start,
             on_record=on_record,
             on_save=on_save,
-            mesh=mesh,
-            keep_newest=training.keep_newest,
-            keep_every=training.keep_every,
+            mesh=job.mesh,
+            keep_newest=job.training.keep_newest,
+            keep_every=job.training.keep_every,
         )
-    bits = {split: bits_per_byte(held_out[split], *measure(split, state)) for split in held_out}
-    return training_results(splits, model, state.params, bits)
+    return training_results(job.splits, job.model, state.params, job.held_out.bits_per_byte(state))
 
 
 def training_results(

@@ -19,12 +19,13 @@ from rich.progress import Progress
 from experiments.text import read_text
 from experiments.train import training_results
 from moe_jax.checkpoints import CheckpointStore
-from moe_jax.data import DataConfig, pack, train_batches
+from moe_jax.data import DataConfig, train_batches
 from moe_jax.models.config import DecoderConfig
 from moe_jax.models.decoder import Decoder
-from moe_jax.runs import MetricsWriter, RunFolder, section, to_json
+from moe_jax.runs import ConfigError, MetricsWriter, RunFolder, section, to_json
 from moe_jax.runs.bars import bar
-from moe_jax.training.evaluation import LOG2, bits_per_byte, make_evaluator
+from moe_jax.training.evaluation import LOG2
+from moe_jax.training.held_out import HeldOut
 from moe_jax.training.loop import NonFiniteError, TrainingConfig
 from moe_jax.training.optimizer import OptimizerConfig
 from moe_jax.training.population import (
@@ -102,6 +103,11 @@ class Population:
         self.data = section(DataConfig, config.data, "config.data")
         self.model = section(DecoderConfig, config.model, "config.model")
         self.training = section(TrainingConfig, config.training, "config.training")
+        if self.data.packing != "crop" or self.training.spikes is not None or self.training.remat != "none":
+            raise ConfigError(
+                "the engine vmap trains with data.packing='crop', training.spikes=None and training.remat='none' only, "
+                f"got {self.data.packing!r}, {self.training.spikes} and {self.training.remat!r}; take another engine"
+            )
         optimizers = [section(OptimizerConfig, row.config.optimizer, "config.optimizer") for row in rows]
         losses = [section(LossConfig, row.config.loss, "config.loss") for row in rows]
         # Each member splits its seed as `experiments.train` does.
@@ -113,8 +119,6 @@ class Population:
         ]
         self.members = shard_population(stack_members(settings, [(key[0], key[2]) for key in keys]), self.mesh)
         self.splits = read_text(self.data)
-        length = self.data.sequence_length
-        self.held_out = {name: pack(self.splits[name], length, context=length // 4) for name in ("selection", "test")}
         model = self.model
         graphdef, self.initial = init_population(
             lambda key: Decoder(model, key=key), self.members, optimizers[0], self.training.steps
@@ -122,7 +126,8 @@ class Population:
         self.step = jax.jit(
             make_population_step(graphdef, optimizers[0], losses[0], self.training.steps, self.mesh), donate_argnums=0
         )
-        self.evaluate = make_evaluator(nnx.graphdef(merge_model(graphdef, member_of(self.initial, 0))), batch_size=32)
+        model_graphdef = nnx.graphdef(merge_model(graphdef, member_of(self.initial, 0)))
+        self.held_out = HeldOut(self.splits, self.data.sequence_length, model_graphdef)
         digest = hashlib.sha256(" ".join(trial.name for trial in trials).encode()).hexdigest()[:12]
         self.folder = trials[0].folder.parent.parent / "populations" / digest
 
@@ -167,8 +172,8 @@ class Population:
                     for index, (run, writer, evaluation) in enumerate(zip(runs, writers, evaluations, strict=True)):
                         writer.flush()
                         if str(index) not in failed:
-                            nll, targets = self._losses(member_of(host, index), "selection")
-                            evaluation.append(number, {"bits_per_byte": nll.sum() / targets.sum() / LOG2})
+                            bits = self.held_out.selection_loss(member_of(host, index))
+                            evaluation.append(number, {"bits_per_byte": bits})
                             evaluation.flush()
                         run.report_progress("train", number)
                     store.save(number, host, {"failed": failed})
@@ -185,14 +190,9 @@ class Population:
             chosen = [by_seed[seed] for seed in self.seeds]
             yield np.stack([batch.tokens for batch in chosen]), np.stack([batch.mask for batch in chosen])
 
-    def _losses(self, state: TrainState, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """A member's summed losses on a split, and the number of targets."""
-        return self.evaluate(nnx.merge_state(state.params, state.balance), self.held_out[split])
-
     def _measure(self, state: TrainState) -> dict[str, Any]:
         """A member's results."""
-        bits = {split: bits_per_byte(text, *self._losses(state, split)) for split, text in self.held_out.items()}
-        return training_results(self.splits, self.model, state.params, bits)
+        return training_results(self.splits, self.model, state.params, self.held_out.bits_per_byte(state))
 
 
 def _note_failures(step: int, metrics: dict[str, np.ndarray], failed: dict[str, str]) -> None:

@@ -126,9 +126,28 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """Which share of a batch the devices of this process hold: its number, and how many equal shares there are.
+
+    Processes that differ only along the tensor axis have the same share.
+
+    Raises:
+      ConfigError: this process's devices hold rows that do not follow each other.
+    """
+    parts = batch_parts(mesh)
+    held = batch_sharding(mesh).addressable_devices_indices_map((parts,)).values()
+    starts = sorted({rows.start or 0 for (rows,) in held})
+    if starts != list(range(starts[0], starts[0] + len(starts))) or starts[0] % len(starts):
+        raise ConfigError(
+            f"config.mesh: this host's devices hold the parts {starts} of a batch, which are no run of it"
+        )
+    return starts[0] // len(starts), parts // len(starts)
+
+
 def place_batch(mesh: Mesh, rows: np.ndarray) -> jax.Array:
-    """Splits the rows of a global batch, which every process has, over the devices; each process places its own."""
-    return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), lambda index: rows[index])
+    """Makes a global array of this process's share of the rows, as `batch_share` numbers it."""
+    shape = (len(rows) * batch_share(mesh)[1], *rows.shape[1:])
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), rows, shape)
 
 
 def state_shardings(abstract_state: ArrayTree, mesh: Mesh) -> ArrayTree:

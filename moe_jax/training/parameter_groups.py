@@ -46,10 +46,10 @@ def decay_weights(weight_decay: float, groups: tuple[ParameterGroup, ...] = ()) 
 
     def decay(path: tuple, update: Array, parameter: Array) -> Array:
         group = _group_of(path, groups)
-        factor = 0.0 if is_vector(path) else weight_decay
+        factor = None if is_vector(path) else weight_decay  # a traced number in a population
         if group is not None and group.weight_decay is not None:
             factor = group.weight_decay
-        return update + factor * parameter if factor else update
+        return update if factor is None else update + factor * parameter
 
     def update_fn(updates: ArrayTree, state: optax.OptState, params: ArrayTree | None = None) -> tuple:
         return jax.tree_util.tree_map_with_path(decay, updates, params), state
