@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     main = evolve_topology.get_config()
     config = ConfigDict({"seed": 0})
     config.data, config.model, config.optimizer, config.loss = main.data, main.model, main.optimizer, main.loss
+    config.data.update({"tables": (), "hf": (), "max_bytes_per_domain": None})
     config.model.update({"layers": ("moe", "moe"), "num_experts": 8, "expert_hidden": 128})
     config.optimizer.heal_fraction = 0.0
     config.optimizer.update({"learning_rate": 4e-3, "warmup_steps": 50, "weight_decay": 0.1})
