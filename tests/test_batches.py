@@ -1,7 +1,13 @@
 """Packing, shares, and the order of batches: over processes, restarts, workers, and files of tokens."""
 
 import dataclasses
+import os
+import pathlib
 import pickle
+import signal
+import subprocess
+import sys
+import time
 
 import grain
 import jax
@@ -126,6 +132,30 @@ def test_worker_processes_make_the_same_batches(packing, workers, tmp_path, monk
     assert len(together) == 9
     for ours, theirs in zip(together, alone, strict=True):
         assert_equal_batches(ours, theirs)
+
+
+def test_workers_end_when_training_is_killed():
+    program = (
+        "import jax, multiprocessing, os, signal\n"
+        "from moe_jax import data\n"
+        "documents = [data.Document(bytes(100), 'd', '0')]\n"
+        "next(data.train_batches(documents, data.DataConfig(workers=2), jax.random.key(0), 0, 1000))\n"
+        "print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent.parent)}
+    killed = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    workers = killed.stdout.split()
+    assert killed.returncode == -signal.SIGKILL and len(workers) == 2
+
+    def is_alive(worker):
+        status = pathlib.Path("/proc", worker, "status")
+        return status.exists() and "State:\tZ" not in status.read_text()  # a zombie only waits to be counted
+
+    deadline = time.monotonic() + 60
+    while any(map(is_alive, workers)):
+        assert time.monotonic() < deadline, "the workers live on"
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,9 @@ needs a checkpoint.
 """
 
 import dataclasses
+import multiprocessing
+import os
+import threading
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -85,8 +88,22 @@ def train_batches(
     if config.workers:
         if not flags.FLAGS.is_parsed():  # grain looks at absl's flags, and our command lines have none of them
             flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=8))
+        options = grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=8)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_end_with_parent)
     return iter(dataset)
+
+
+def _end_with_parent(index: int, count: int) -> None:
+    """Makes a worker end when training is killed; by itself it would wait for ever to hand over its next batch."""
+    del index, count
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None  # a worker is the child of who asked for it
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def domain_shares(documents: Sequence[Document], config: DataConfig) -> np.ndarray:
