@@ -20,6 +20,7 @@ from moe_jax.runs import ConfigError, write_atomic
 from moe_jax.runs.bars import bar
 
 Splits = dict[str, tuple[Document, ...]]
+TOKENIZER_BYTES = 24_000_000  # a tokenizer is trained on every n-th document, so that it learns from about so much
 
 
 def read_text(config: DataConfig) -> Splits:
@@ -72,12 +73,13 @@ def _find_tokenizer(name: str, documents: tuple[Document, ...], folder: Path, di
         return open_tokenizer(Path(name).expanduser())
     if not (folder / "tokenizer.json").is_file():
         total = sum(len(document.text) for document in documents)
-        with bar(display, "tokenizer", total) as progress:
+        documents = documents[:: -(-total // TOKENIZER_BYTES)]
+        with bar(display, "tokenizer", len(documents)) as progress:
 
             def texts() -> Iterator[str]:
                 for document in documents:
                     yield document.text.decode(errors="replace")
-                    progress.advance(len(document.text))
+                    progress.advance()
 
             trained = train_tokenizer(texts(), int(name.removeprefix("bpe:")))
         # tokenizer.json, which says that all is there, comes last.

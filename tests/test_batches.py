@@ -1,7 +1,13 @@
 """Packing, shares, and the order of batches: over processes, restarts, workers, and files of tokens."""
 
 import dataclasses
+import os
+import pathlib
 import pickle
+import signal
+import subprocess
+import sys
+import time
 
 import grain
 import jax
@@ -10,8 +16,9 @@ import pytest
 
 from moe_jax import data
 from moe_jax.data import Batch, DataConfig, Document
-from moe_jax.data.batches import SOURCES, domain_shares
+from moe_jax.data.mixture import domain_shares
 from moe_jax.data.packing import best_fit, pack_rows, ranges
+from moe_jax.data.step_sources import STEP_SOURCES
 from moe_jax.data.token_file import TokenSpan, flatten, store_tokens
 
 KEY = jax.random.key(0)
@@ -97,7 +104,7 @@ def test_a_crop_knows_its_document():
             assert np.isin(tokens[mask], documents[owner].ids).all() and (owners[~mask] == -1).all()
 
 
-@pytest.mark.parametrize("packing", SOURCES)
+@pytest.mark.parametrize("packing", STEP_SOURCES)
 def test_the_order_is_one_for_any_number_of_processes_and_when_it_changes_at_a_restart(packing):
     documents = make_documents([23, 4, 9, 1, 30, 6], "p") + make_documents([7, 3, 12], "q")
     config = DataConfig(sequence_length=8, batch_size=8, packing=packing)
@@ -128,6 +135,31 @@ def test_worker_processes_make_the_same_batches(packing, workers, tmp_path, monk
         assert_equal_batches(ours, theirs)
 
 
+def test_workers_end_when_training_is_killed():
+    program = (
+        "import jax, multiprocessing, os, signal\n"
+        "from moe_jax import data\n"
+        "documents = [data.Document(bytes(100), 'd', '0')]\n"
+        "batches = data.train_batches(documents, data.DataConfig(workers=2), jax.random.key(0), 0, 1000)\n"
+        "next(batches)\n"
+        "print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent.parent)}
+    killed = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    workers = killed.stdout.split()
+    assert killed.returncode == -signal.SIGKILL and len(workers) == 2
+
+    def is_alive(worker):
+        status = pathlib.Path("/proc", worker, "status")
+        return status.exists() and "State:\tZ" not in status.read_text()  # a zombie only waits to be counted
+
+    deadline = time.monotonic() + 60
+    while any(map(is_alive, workers)):
+        assert time.monotonic() < deadline, "the workers live on"
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize(
     ("settings", "shares"),
     [
@@ -141,7 +173,7 @@ def test_temperature_evens_out_the_shares_of_domains(settings, shares):
     documents = make_documents([60, 40], "p") + make_documents([400], "q")
     config = DataConfig(batch_size=30, sequence_length=4, **settings)
     np.testing.assert_allclose(domain_shares(documents, config), shares)
-    for packing in SOURCES:
+    for packing in STEP_SOURCES:
         batches = data.train_batches(documents, dataclasses.replace(config, packing=packing), KEY, 0, 40)
         counts = np.array([np.bincount(batch.domain, minlength=2) for batch in batches])
         assert (np.abs(counts - 30 * np.array(shares)[None, :]) < 1 + 1e-9).all()
@@ -209,7 +241,7 @@ def test_a_large_text_is_mapped_and_gives_the_same_batches(tmp_path, monkeypatch
     assert all(isinstance(document.ids, TokenSpan) for document in mapped)
     assert data.tokenize(documents[:2], None) == documents[:2] and data.tokenize(documents[:2], None)[0].ids is None
     config = DataConfig(sequence_length=512, batch_size=4)
-    source = SOURCES["crop"](mapped, config, KEY, 10, slice(0, 4))
+    source = STEP_SOURCES["crop"](mapped, config, KEY, 10, slice(0, 4))
     assert isinstance(source, grain.sources.RandomAccessDataSource) and len(pickle.dumps(source)) < 10_000
     ours, theirs = (data.train_batches(d, config, KEY, 0, 10) for d in (mapped, documents))
     for step_ours, step_theirs in zip(ours, theirs, strict=True):

@@ -10,7 +10,7 @@ baseline = ngram.bits_per_byte(ngram.fit(splits["train"]), splits["test"])
 """
 
 from moe_jax.data import ngram
-from moe_jax.data.batches import Batch, train_batches
+from moe_jax.data.batches import train_batches
 from moe_jax.data.config import DataConfig
 from moe_jax.data.documents import Document, domain_names, drop_duplicates
 from moe_jax.data.encoding import tokenize
@@ -18,6 +18,7 @@ from moe_jax.data.sequences import Sequences, balanced_subset, pack
 from moe_jax.data.smollm2 import fetch_smollm2
 from moe_jax.data.sources import BUILT_IN, load_documents
 from moe_jax.data.splits import SPLITS, describe_splits, split_documents
+from moe_jax.data.step_sources import Batch
 from moe_jax.data.tokenizer import (
     TextStream,
     TextTokenizer,

@@ -6,8 +6,27 @@ never sees the other, so it does not matter that the same documents share one in
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
+
+
+class LaidOut(NamedTuple):
+    """The N tokens of some rows.
+
+    Attributes:
+      row: `[N]` which of the rows.
+      column: `[N]` place in it.
+      position: `[N]` place among all tokens.
+      document: `[N]` the document that it is of.
+      segment: `[N]` number of its piece in the row, from 1.
+    """
+
+    row: np.ndarray
+    column: np.ndarray
+    position: np.ndarray
+    document: np.ndarray
+    segment: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +48,20 @@ class PackedRows:
     def __len__(self) -> int:
         """Returns R."""
         return len(self.first) - 1
+
+    def lay_out(self, rows: np.ndarray) -> LaidOut:
+        """Puts every token of some rows, `[B]` of any order, in its place."""
+        num_pieces = self.first[rows + 1] - self.first[rows]
+        pieces = ranges(self.first[rows], num_pieces)
+        sizes = self.sizes[pieces]
+        num_tokens = np.add.reduceat(sizes, np.cumsum(num_pieces) - num_pieces)
+        return LaidOut(
+            row=np.repeat(np.arange(len(rows)), num_tokens),
+            column=ranges(np.zeros(len(rows), np.int64), num_tokens),
+            position=ranges(self.starts[pieces], sizes),
+            document=np.repeat(self.document[pieces], sizes),
+            segment=np.repeat(ranges(np.ones(len(rows), np.int64), num_pieces), sizes),
+        )
 
 
 def pack_rows(starts: np.ndarray, sizes: np.ndarray, length: int) -> PackedRows:
