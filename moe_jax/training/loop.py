@@ -1,8 +1,8 @@
 """The training loop: steps, metrics, checkpoints, and a stop with a name when numbers stop being numbers."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -90,10 +90,10 @@ def train(
     compiled = jax.jit(step, donate_argnums=0, out_shardings=shardings)
     number = int(state.step)
     for batch in batches:
-        tokens, mask = batch.tokens, batch.mask
+        rows: Sequence[Any] = (batch.tokens, batch.mask)
         if mesh is not None:
-            tokens, mask = place_batch(mesh, tokens), place_batch(mesh, mask)
-        state, metrics = compiled(state, tokens, mask, topology)
+            rows = [place_batch(mesh, array) for array in rows]
+        state, metrics = compiled(state, *rows, topology)
         number += 1
         values = jax.tree.map(np.asarray, jax.device_get(metrics))
         _require_finite(number, values, last_saved)
