@@ -12,6 +12,7 @@ it would take the router and attention too, and refuses an einsum of one operand
 
 import functools
 import importlib
+from types import ModuleType
 from typing import Literal, get_args
 
 import jax
@@ -67,7 +68,7 @@ def _backward(precision: Precision, kept: tuple[Array, Array], gradient: Array) 
 multiply.defvjp(_forward, _backward)
 
 
-def _qwix():
+def _qwix() -> ModuleType:
     """The package, loaded by those who ask for it."""
     try:
         return importlib.import_module("qwix")

@@ -1,8 +1,9 @@
 """The training loop: steps, metrics, checkpoints, and a stop with a name when numbers stop being numbers."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -117,9 +118,9 @@ def train(
     )
     number = int(state.step)
     for batch in batches:
-        rows = (batch.tokens, batch.mask, batch.segments)
+        rows: tuple[Any, ...] = (batch.tokens, batch.mask, batch.segments)
         if mesh is not None:
-            rows = jax.tree.map(lambda x: place_batch(mesh, x), rows)
+            rows = jax.tree.map(functools.partial(place_batch, mesh), rows)
         tokens, mask, segments = rows
         state, metrics = compiled(state, tokens, mask, topology, segments)
         number += 1
