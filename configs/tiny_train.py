@@ -10,11 +10,11 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-    """The text and settings of `configs/tiny.py` for a single layer of four experts."""
+    """The settings of `configs/tiny.py` for one of its domains and a single layer of four experts."""
     small = tiny.get_config()
     config = ConfigDict({"seed": 0})
     config.data, config.model, config.optimizer, config.loss = small.data, small.model, small.optimizer, small.loss
-    config.data.update({"python_bytes": 20_000})
+    config.data.update({"domains": ("python",), "python_bytes": 100_000, "domain_weights": ()})
     config.model.update({"layers": ("moe",), "num_experts": 4, "backend": "gather"})
     config.optimizer.heal_fraction = 0.0
     config.training = ConfigDict({"steps": 20, "checkpoint_every": 5})

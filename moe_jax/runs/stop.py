@@ -1,8 +1,9 @@
 """How a run is asked to stop: SIGTERM, which schedulers send before they take a machine away, and Ctrl-C.
 
 Training ends its step, saves and leaves; the same command continues it. A second signal ends the process at once, and
-so does the first where there is nothing to save. With several hosts a signal to one of them stops all after the same
-step. (JAX has a service for that, but Orbax asks it too, from its background threads and with the numbers of old steps.)
+so does the first one outside of training, where there is nothing to save. With several hosts the first is noted
+wherever it comes, and a signal to one of them stops all after the same step of training. (JAX has a service for that,
+but Orbax asks it too, from its background threads and with the numbers of old steps.)
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 
-from moe_jax.hosts import any_host
+from moe_jax.hosts import any_host, num_hosts
 
 # A scheduler's wish was granted; a shell expects 128 + the signal.
 EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
@@ -30,7 +31,7 @@ class Stopped(SystemExit):
 
 
 class StopRequest:
-    """Whether a signal has asked the program to stop since `listening` began.
+    """Whether a signal has asked the program to stop.
 
     Attributes:
       is_granted: whether `is_due` has said so.
@@ -53,20 +54,27 @@ class StopRequest:
         self._is_noted, self.exit_code = True, EXIT_CODES[signal.Signals(number)]
 
 
+# What came before the training that will act on it; signals belong to the process, and so does this.
+_early = StopRequest()
+
+
 @contextlib.contextmanager
 def listening() -> Iterator[StopRequest]:
     """While entered, a signal is only noted, so that the program can stop between two steps."""
-    request = StopRequest()
+    request = _early if num_hosts() > 1 else StopRequest()
     with _handling(EXIT_CODES, request.note):
         yield request
 
 
 @contextlib.contextmanager
 def leaving_at_once() -> Iterator[None]:
-    """While entered, SIGTERM leaves by `Stopped` wherever the program is; Ctrl-C is KeyboardInterrupt as ever."""
+    """While entered, SIGTERM leaves by `Stopped` wherever the program is; several hosts only note it."""
 
     def leave(number: int) -> None:
-        raise Stopped(EXIT_CODES[signal.SIGTERM])
+        if num_hosts() > 1:
+            _early.note(number)
+        else:
+            raise Stopped(EXIT_CODES[signal.SIGTERM])
 
     with _handling([signal.SIGTERM], leave):
         yield
