@@ -23,7 +23,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's idle threads would spin through the calls that follow
 
 import argparse
-import ctypes
 import json
 import resource
 import tempfile
@@ -40,7 +39,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from experiments.timing import empty_compilation_cache, summarize
+from experiments.timing import empty_compilation_cache, peak_mib, summarize
 from moe_jax.checkpoints.model_folder import import_checkpoint, load_model
 from moe_jax.models.config import DecoderConfig
 from moe_jax.models.cost import model_cost
@@ -156,19 +155,6 @@ def bytes_needed(config: DecoderConfig, expert_ids: list[np.ndarray] | None, len
         if layer.kind == "moe":
             numbers += layer.expert.parameters * np.mean([len(np.unique(step)) for step in next(chosen)])
     return 4.0 * numbers
-
-
-def peak_mib(call: Callable[[], Any]) -> float:
-    """How far a call lifts the process above the memory that it holds before; on Linux with glibc, elsewhere NaN."""
-    status = Path("/proc/self/status")
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed goes back, or the call would find it at hand
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
-    except OSError:
-        return float("nan")
-    before = int(status.read_text().split("VmRSS:")[1].split()[0])
-    call()
-    return (int(status.read_text().split("VmHWM:")[1].split()[0]) - before) / 1024
 
 
 def first_calls(generator: Generator, prompts: np.ndarray, count: int) -> dict[str, float]:

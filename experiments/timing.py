@@ -7,9 +7,11 @@ than either. A ratio is the median over repeats of (this function / baseline of 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -120,3 +122,16 @@ def _forget_programs() -> None:
     """What a new process would not know either."""
     jax.clear_caches()
     compilation_cache.reset_cache()
+
+
+def peak_mib(call: Callable[[], Any]) -> float:
+    """How far a call lifts the process above the memory that it holds before; on Linux with glibc, elsewhere NaN."""
+    status = Path("/proc/self/status")
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed goes back, or the call would find it at hand
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+    except OSError:
+        return float("nan")
+    before = int(status.read_text().split("VmRSS:")[1].split()[0])
+    call()
+    return (int(status.read_text().split("VmHWM:")[1].split()[0]) - before) / 1024
