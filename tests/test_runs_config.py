@@ -189,6 +189,17 @@ def test_command_names_the_folder_by_what_was_asked(checkout):
     )
 
 
+def test_an_experiment_may_have_choices_of_its_own(checkout):
+    choices = {"engine": ("here", "ray")}
+    command = parse_command(["--engine=ray"], "configs/small.py", "python -m experiments.evolve", "Evolves.", choices)
+    assert command.choices == {"engine": "ray"} and command.workdir == parse().workdir
+    assert parse_command([], "configs/small.py", "evolve", "Evolves.", choices).choices == {"engine": "here"}
+    with pytest.raises(ConfigError, match="invalid choice: 'rya'"):
+        parse_command(["--engine=rya"], "configs/small.py", "evolve", "Evolves.", choices)
+    with pytest.raises(ConfigError, match="did you mean '--engine'"):
+        parse_command(["--engin=ray"], "configs/small.py", "evolve", "Evolves.", choices)
+
+
 def test_resume_takes_the_recorded_config(checkout):
     recorded = parse("--config.seed=9").config
     pathlib.Path("here").mkdir()

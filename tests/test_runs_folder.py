@@ -185,6 +185,20 @@ while True:
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
+def test_a_run_inside_a_run_keeps_what_it_is_writing(tmp_path, config):
+    inner = tmp_path / "sweep" / "trials" / "0000-seed0"
+    with RunFolder(inner, config):
+        half = inner / "metrics" / ".part.partial"
+        half.parent.mkdir()
+        half.write_text("a process is writing this")
+        mine = tmp_path / "sweep" / ".status.json.1.partial"
+        mine.write_text("left by a killed process")
+        remove_partial_files(tmp_path / "sweep")
+        assert half.exists() and not mine.exists()
+    with RunFolder(inner, config):
+        assert not half.exists()
+
+
 def test_a_relative_workdir_records_its_checkpoints(tmp_path, monkeypatch):
     """The default workdir is relative, and checkpoint stores give absolute paths."""
     monkeypatch.chdir(tmp_path)

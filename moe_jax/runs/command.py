@@ -183,9 +183,13 @@ def _assignments(arguments: Sequence[str], options: Sequence[str]) -> dict[str, 
 
 
 def _run_name(config_path: str, config: ConfigDict, assignments: dict[str, str]) -> str:
-    """Names a run by its configuration file, its seed and what was overridden, so that two runs meet only if equal."""
+    """Names a run by its configuration file, its seed and what was overridden, so that two runs meet only if equal.
+
+    The section `launch` says where a sweep is run, not what it is.
+    """
     name = f"{Path(config_path).stem}-seed{config.get('seed', 0)}"
-    changes = "-".join(f"{key}={value}" for key, value in sorted(assignments.items()) if key != "seed")
+    unnamed = {"seed"} | {key for key in assignments if key.startswith("launch.")}
+    changes = "-".join(f"{key}={value}" for key, value in sorted(assignments.items()) if key not in unnamed)
     if len(changes) > 80 or not re.fullmatch(r"[\w.=+-]*", changes):
         changes = hashlib.sha256(changes.encode()).hexdigest()[:8]
     return f"{name}-{changes}" if changes else name

@@ -128,8 +128,8 @@ def _draw_map(axes: Sequence[Mapping[str, Any]], points: Sequence[Mapping[str, A
             label_log_axis(line)
     drawn = [np.log(values) if axis["is_log"] else values for values, axis in zip((x, y), axes, strict=True)]
     triangles = Triangulation(*drawn).triangles  # neighbours as they are seen
-    surface = panel.tricontourf(Triangulation(x, y, triangles), mean, levels=12, cmap=_MAP)
-    scale: Any = {"cmap": _MAP, "vmin": surface.levels[0], "vmax": surface.levels[-1]}
+    scale: Any = {"cmap": _MAP, "vmin": mean.min(), "vmax": mean.max()}
+    surface = panel.tricontourf(Triangulation(x, y, triangles), mean, levels=12, **scale)
     panel.scatter(x, y, c=mean, edgecolors=INK, linewidths=0.6, s=36, zorder=3, clip_on=False, **scale)
     for point, left, height in zip(points, x, y, strict=True):
         if point["number"] == chosen:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moe_jax.training.sweeps.points import (
     ListedPoints,
@@ -21,9 +21,6 @@ from moe_jax.training.sweeps.points import (
     random_point,
 )
 from moe_jax.training.sweeps.space import Axis
-
-if TYPE_CHECKING:
-    import optuna
 
 _EXAMPLES = 64  # points of a space without end that are checked up front
 
@@ -53,7 +50,7 @@ class StudyPoints:
         self._study = optuna.create_study(
             storage=f"sqlite:///{file}", study_name="sweep", pruner=pruner, direction="minimize", load_if_exists=True
         )
-        self._trials: dict[int, optuna.trial.Trial] = {}
+        self._trials: dict[int, Any] = {}
 
     def ask(self) -> Point | None:
         """The next point: first those of earlier processes, then a new one."""
@@ -89,7 +86,7 @@ class StudyPoints:
         else:
             self._study.tell(self._trials[point.number], loss)
 
-    def _new_trial(self, number: int, is_waiting: bool) -> optuna.trial.Trial:
+    def _new_trial(self, number: int, is_waiting: bool) -> Any:
         """A point that no process has asked for, unless it was killed while asking."""
         self._study.sampler = self._optuna.samplers.TPESampler(seed=(self._seed * 1_000_003 + number) % 2**32)
         if self._listed is not None and not is_waiting:
@@ -106,7 +103,7 @@ class StudyPoints:
             return distributions.IntDistribution(*axis.arguments, log=axis.is_log)
         return distributions.FloatDistribution(*axis.arguments, log=axis.is_log)
 
-    def _frozen(self, point: Point) -> optuna.trial.FrozenTrial:
+    def _frozen(self, point: Point) -> Any:
         return self._study.get_trials(deepcopy=False)[point.number]
 
     def _is_open(self, point: Point) -> bool:
