@@ -35,7 +35,7 @@ def glam_config(size: str, **changes: Any) -> DecoderConfig:
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r} of GLaM; known: {', '.join(SIZES)}")
     depth, width, hidden, num_heads, head_width = SIZES[size]
-    fields = {
+    fields: dict[str, Any] = {
         "vocab_size": 256_000,
         "width": width,
         "layers": ("dense", "moe") * (depth // 2),

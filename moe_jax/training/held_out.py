@@ -48,7 +48,7 @@ class HeldOut:
 
     def losses(self, state: TrainState, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Nats and bytes of each window, `[N]` both; of the averaged parameters where training averages them."""
-        return self._evaluate(nnx.merge_state(evaluated(state), state.balance), self.sequences[split])
+        return self._evaluate(nnx.merge_state(evaluated(state), state.balance), self.sequences[split], None)
 
     def selection_loss(self, state: TrainState) -> float:
         """Bits per byte of the selection split."""

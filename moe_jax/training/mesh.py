@@ -136,7 +136,7 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     """
     parts = batch_parts(mesh)
     held = batch_sharding(mesh).addressable_devices_indices_map((parts,)).values()
-    starts = sorted({rows.start or 0 for (rows,) in held})
+    starts = sorted({(rows[0].start or 0) if rows else 0 for rows in held})
     if starts != list(range(starts[0], starts[0] + len(starts))) or starts[0] % len(starts):
         raise ConfigError(
             f"config.mesh: this host's devices hold the parts {starts} of a batch, which are no run of it"

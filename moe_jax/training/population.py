@@ -122,7 +122,7 @@ def make_population_step(
             _with(loss, member, "loss"),
             member.noise_key,
         )
-        return step(state, tokens, mask, None)
+        return step(state, tokens, mask, None, None)
 
     def one_by_one(*arguments: Any) -> tuple[TrainState, dict[str, Array]]:
         return jax.lax.map(lambda one: step_of(*one), arguments)
