@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from moe_jax.models.decoder import Decoder
+from moe_jax.nn.routers import REMEMBERING_ROUTERS
 from moe_jax.ops.attention import segment_positions, usable_keys
 from moe_jax.training.step import LossConfig, init_state, make_train_step
 from tests.tiny_model import TINY
@@ -78,3 +79,10 @@ def test_texts_in_a_row_are_strangers(rng):
     before, after = forward(tokens), forward(other)
     np.testing.assert_array_equal(before[SEGMENTS == 2], after[SEGMENTS == 2])
     assert not np.allclose(before[SEGMENTS == 1], after[SEGMENTS == 1], atol=1e-2)
+
+
+@pytest.mark.parametrize("router", REMEMBERING_ROUTERS)
+def test_a_router_that_remembers_is_refused(router, rng):
+    model = Decoder(dataclasses.replace(SMALL, router=router), key=jax.random.key(0))
+    with pytest.raises(ValueError, match=f"router='{router}' keeps a state along the sequence.*data.packing='crop'"):
+        model(draw_texts(rng)[0], segments=SEGMENTS)

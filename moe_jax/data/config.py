@@ -33,7 +33,7 @@ class DataConfig:
         (1907.05019, section 3.2); None for equal shares.
       packing: "crop" draws random runs of documents; "pack" uses every document whole, once an epoch, several in a row.
       tokenizer: "" for bytes; a folder with the tokenizer of a model; or "bpe:4096", a byte-level BPE of 4,096 tokens,
-        trained on the training split and kept in the run's folder.
+        trained on a sample of the training split and kept in the run's folder.
       workers: processes that make batches ahead of training; 0 for a thread of its own. The batches are the same.
     """
 

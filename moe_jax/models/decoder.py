@@ -17,6 +17,7 @@ from moe_jax.models.execution import ONE_DEVICE, Execution
 from moe_jax.nn.block import Block
 from moe_jax.nn.moe import MoELayer
 from moe_jax.nn.norms import NORMS
+from moe_jax.nn.routers import REMEMBERING_ROUTERS
 from moe_jax.ops.linear import linear
 from moe_jax.routing import Balancer, Force, keep_trace
 from moe_jax.types import Array, RouterOutput, RouterStats, RoutingPlan, Topology, TraceLevel
@@ -78,7 +79,15 @@ class Decoder(nnx.Module):
 
         Returns:
           `[B, S, V]` float32 logits, and the router output with a leading `[L]` over the MoE layers.
+
+        Raises:
+          ValueError: segments, and a router whose memory would run on from one to the next.
         """
+        if segments is not None and self.config.router in REMEMBERING_ROUTERS and "moe" in self.config.layers:
+            raise ValueError(
+                f"router={self.config.router!r} keeps a state along the sequence, which would run on from one text of "
+                "a packed row to the next; train it with data.packing='crop'"
+            )
         x, routed = self.run_layers(
             self.embed(tokens, token_mask, segments),
             0,

@@ -21,13 +21,13 @@ from moe_jax.nn.attention_experts import AttentionExperts
 from moe_jax.nn.block import Block
 from moe_jax.nn.expert_stack import ExpertStack
 from moe_jax.nn.moe import MoELayer
+from moe_jax.nn.routers import REMEMBERING_ROUTERS
 from moe_jax.nn.separate_experts import SeparateExperts
 from moe_jax.routing import get_rule
 from moe_jax.trees import cut
 from moe_jax.types import Topology
 
 SHORTEST = 16  # the least length that a program is compiled for
-REMEMBERING_ROUTERS = ("recurrent", "load_aware")  # a token's logits depend on a state of the tokens before it
 COUNTING_RULES = ("random", "forced_uniform", "forced_zipf", "forced_skewed")  # a token's number decides
 MOST_BRANCHES = 512  # experts of all layers up to which each gets a branch in the program of decoding
 SLOTS_PER_EXPERT = 4  # choices of a batch, for each expert, up to which branches are the faster way

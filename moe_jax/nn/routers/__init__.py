@@ -25,6 +25,7 @@ from moe_jax.nn.routers.router import Router, RouterLogits
 from moe_jax.routing.rule import check_settings, settings_of
 
 __all__ = [
+    "REMEMBERING_ROUTERS",
     "ROUTERS",
     "AttentionRouter",
     "CosineRouter",
@@ -65,3 +66,4 @@ ROUTERS: dict[str, type[Router]] = {
     "recurrent": RecurrentRouter,
     "load_aware": LoadAwareRouter,
 }
+REMEMBERING_ROUTERS = ("recurrent", "load_aware")  # a token's logits depend on a state of the tokens before it
