@@ -29,13 +29,14 @@ from experiments.train_population import PopulationEngine
 from moe_jax.data import DataConfig
 from moe_jax.models.config import DecoderConfig
 from moe_jax.report.pictures import plot_sweep
-from moe_jax.runs import Command, RunFolder, run_script, section, write_json
+from moe_jax.runs import Command, ConfigError, RunFolder, run_script, section, write_json
 from moe_jax.runs.bars import bar, progress_display
 from moe_jax.training.loop import TrainingConfig
 from moe_jax.training.optimizer import OptimizerConfig
 from moe_jax.training.population import use_all_cores
 from moe_jax.training.step import LossConfig
 from moe_jax.training.sweeps import (
+    Axis,
     Ended,
     Engine,
     HereEngine,
@@ -47,6 +48,7 @@ from moe_jax.training.sweeps import (
     apply,
     check_config,
     check_reference,
+    example_points,
     interval_of,
     make_trials,
     open_points,
@@ -77,11 +79,39 @@ def make_engine(name: str, launch: LaunchConfig, folder: Path, display: Progress
     return HereEngine(lambda folder, config, watch: train_trial(folder, config, watch, display))
 
 
-def run_sweep(run: RunFolder, engine_name: str, launch: LaunchConfig) -> dict[str, Any]:
+def check_sweep(config: ConfigDict, engine_name: str) -> tuple[SweepConfig, list[Axis], int]:
+    """Reads a sweep, and refuses what is wrong with it before there is a folder.
+
+    Returns:
+      How the space is searched, the space, and the number of trials if none is stopped early.
+
+    Raises:
+      ConfigError: also for a point whose configuration does not fit together.
+    """
+    sweep = section(SweepConfig, config.sweep, "config.sweep")
+    if engine_name == "vmap" and (sweep.method == "tpe" or sweep.prune != "none"):
+        raise ConfigError(
+            f"engine 'vmap' trains all points together, so method={sweep.method!r} with prune={sweep.prune!r} has "
+            "nothing to learn from; take method 'grid' or 'random' with prune 'none', or another engine"
+        )
+    axes = read_axes(config.space, SECTIONS)
+    check_reference(sweep.reference, axes)
+    points = example_points(axes, sweep, config.seed)
+    for point in points:
+        check_config(apply(config.train, point.settings), SECTIONS, f"point {point.values}")
+    return sweep, axes, (sweep.points or len(points)) * sweep.seeds
+
+
+def run_sweep(
+    run: RunFolder, sweep: SweepConfig, axes: list[Axis], num_trials: int, engine_name: str, launch: LaunchConfig
+) -> dict[str, Any]:
     """Trains whatever is missing.
 
     Args:
       run: the sweep's folder.
+      sweep: how the space is searched.
+      axes: the space.
+      num_trials: for the bar.
       engine_name: one of `ENGINES`.
       launch: settings of the engine.
 
@@ -89,13 +119,8 @@ def run_sweep(run: RunFolder, engine_name: str, launch: LaunchConfig) -> dict[st
       What `sweep.json` holds.
     """
     config = run.config
-    sweep = section(SweepConfig, config.sweep, "config.sweep")
-    axes = read_axes(config.space, SECTIONS)
-    check_reference(sweep.reference, axes)
     every = config.train.training.checkpoint_every
-    points, examples = open_points(axes, sweep, config.seed, every, run.path / "study.db")
-    for point in examples:
-        check_config(apply(config.train, point.settings), SECTIONS, f"point {point.values}")
+    points = open_points(axes, sweep, config.seed, every, run.path / "study.db")
     ended: list[Ended] = []
 
     def record(is_complete: bool) -> dict[str, Any]:
@@ -104,10 +129,7 @@ def run_sweep(run: RunFolder, engine_name: str, launch: LaunchConfig) -> dict[st
         write_json(run.path / "sweep.json", summary)
         return summary
 
-    with (
-        progress_display() as display,
-        bar(display, "trials", (sweep.points or len(examples)) * sweep.seeds) as progress,
-    ):
+    with progress_display() as display, bar(display, "trials", num_trials) as progress:
 
         def on_end(one: Ended) -> None:
             ended.append(one)
@@ -164,9 +186,10 @@ def main(command: Command) -> None:
     console = Console()
     console.width = max(console.width, 120)  # the table is cut otherwise
     launch = section(LaunchConfig, command.config.get("launch", {}), "config.launch")
+    checked = check_sweep(command.config, command.choices["engine"])
     config = ConfigDict({key: value for key, value in command.config.items() if key != "launch"})
     with RunFolder(command.workdir, config, must_exist=command.resume) as run:
-        summary = run_sweep(run, command.choices["engine"], launch)
+        summary = run_sweep(run, *checked, command.choices["engine"], launch)
         chosen = summary["chosen"]
         run.write_results(
             {

@@ -88,7 +88,7 @@ def run_sweep(folder, engine, axes, sweep, config=CONFIG, retries=2):
     """A sweep of these trials: its summary."""
     folder = pathlib.Path(folder)
     folder.mkdir(exist_ok=True)
-    points, _ = open_points(axes, sweep, 0, 1, folder / "study.db")
+    points = open_points(axes, sweep, 0, 1, folder / "study.db")
     ended = []
     try:
         Schedule(

@@ -70,8 +70,8 @@ def test_the_folder_has_every_promised_file(job):
 
 
 def test_what_is_wrong_is_one_line_and_exit_code_2_before_anything_is_made(tmp_path):
-    done = sweep(TINY, "--engine=slurn", "--workdir", tmp_path / "run")
-    assert done.returncode == 2 and "invalid choice: 'slurn'" in done.stderr and done.stderr.count("\n") == 1
+    done = sweep(TINY, "--engine=vmap", "--config.sweep.prune=asha", "--workdir", tmp_path / "run")
+    assert done.returncode == 2 and "trains all points together" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 

@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.train.data.update({"sequence_length": 128, "batch_size": 8})
     config.train.model.update({"width": 64, "num_heads": 2, "num_kv_heads": 1, "expert_hidden": 64})
     config.train.optimizer.update({"learning_rate": 4e-3, "warmup_steps": 50})
-    config.train.training.update({"steps": 600, "checkpoint_every": 150})
+    config.train.training.update({"steps": 1000, "checkpoint_every": 250})
     config.sweep.update({"seeds": 3, "reference": ("network", "dense twin")})
     model = DecoderConfig(**config.train.model)
     sizes = {}

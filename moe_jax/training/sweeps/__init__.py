@@ -24,7 +24,7 @@ from moe_jax.training.sweeps.space import (
     uniform,
     variants,
 )
-from moe_jax.training.sweeps.study import StudyPoints, open_points
+from moe_jax.training.sweeps.study import StudyPoints, example_points, open_points
 from moe_jax.training.sweeps.summary import check_reference, interval_of, summarise, write_table
 from moe_jax.training.sweeps.trials import Outcome, Trial, TrialStopped, is_to_stop, make_trials, read_outcome
 
@@ -49,6 +49,7 @@ __all__ = [
     "check_config",
     "check_reference",
     "choice",
+    "example_points",
     "integers",
     "interval_of",
     "is_to_stop",

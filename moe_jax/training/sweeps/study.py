@@ -110,28 +110,18 @@ class StudyPoints:
         return not self._frozen(point).state.is_finished()
 
 
-def open_points(
-    axes: Sequence[Axis], config: SweepConfig, seed: int, evaluate_every: int, file: Path
-) -> tuple[Points, list[Point]]:
-    """What gives the points of a sweep.
-
-    Args:
-      axes: the space.
-      config: how to search it.
-      seed: of the draws.
-      evaluate_every: steps from one evaluation of a trial to the next.
-      file: of the study, if one is needed: for "tpe", and for early stops.
-
-    Returns:
-      The points, and those that can be checked before anything is trained: all of them, or random ones of the space.
-    """
+def example_points(axes: Sequence[Axis], config: SweepConfig, seed: int) -> list[Point]:
+    """Points that can be checked before anything is trained: all of them, or random ones of a space without end."""
     if config.method == "tpe":
-        examples = [random_point(axes, seed, number) for number in range(_EXAMPLES)]
-    else:
-        examples = list_points(axes, config, seed)
-        if config.prune == "none":
-            return ListedPoints(examples), examples
-    return StudyPoints(axes, config, seed, evaluate_every, file), examples
+        return [random_point(axes, seed, number) for number in range(_EXAMPLES)]
+    return list_points(axes, config, seed)
+
+
+def open_points(axes: Sequence[Axis], config: SweepConfig, seed: int, evaluate_every: int, file: Path) -> Points:
+    """What gives the points of a sweep: a list, or a study for "tpe" and for early stops; see `StudyPoints`."""
+    if config.method == "tpe" or config.prune != "none":
+        return StudyPoints(axes, config, seed, evaluate_every, file)
+    return ListedPoints(list_points(axes, config, seed))
 
 
 def _encode(axis: Axis, value: Any) -> Any:
