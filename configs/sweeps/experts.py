@@ -9,8 +9,8 @@ Command:   python -m experiments.sweep --config=configs/sweeps/experts.py
            --config.train.data.domain_weights= --config.train.data.max_bytes_per_domain=500000
 Hardware:  two CPU cores
 Time:      14 minutes, beside other work
-Result:    on the seven domains mathematics, C, Go, kernel prose, dictionary, speeches and Chinese poetry, bits per byte of
-           the selection split against the dense twin: 4 experts -0.037 [-0.057, -0.017], 8 -0.091 [-0.118, -0.063],
+Result:    on mathematics, C, Go, kernel prose, dictionary, speeches and Chinese poetry, bits per byte of the selection
+           split against the dense twin: 4 experts -0.037 [-0.057, -0.017], 8 -0.091 [-0.118, -0.063],
            16 -0.142 [-0.159, -0.126], 32 -0.181 [-0.196, -0.166]; 32 experts on the test split 3.297 [3.276, 3.319]
 Quick:     configs/sweeps/experts_quick.py
 """
