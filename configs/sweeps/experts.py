@@ -8,10 +8,10 @@ Command:   python -m experiments.sweep --config=configs/sweeps/experts.py
            --config.train.data.domains= --config.train.data.domain_weights=
 Hardware:  two CPU cores
 Time:      14 minutes
-Result:    on seven prepared domains of at most 0.5 MB, bits per byte of the selection split less those of the twin, mean
-           of 3 seeds [95 % by Student's t]: 4 experts -0.037 [-0.057, -0.017], 8 -0.091 [-0.118, -0.063], 16 -0.142
-           [-0.159, -0.126], 32 -0.181 [-0.196, -0.166]; the chosen one, 32 experts, has 3.297 [3.276, 3.319] on the
-           test split (JAX 0.10.2)
+Result:    on seven prepared domains of at most 0.5 MB, bits per byte of the selection split less those of the twin,
+           mean of 3 seeds [95 % by Student's t]: 4 experts -0.037 [-0.057, -0.017], 8 -0.091 [-0.118, -0.063],
+           16 -0.142 [-0.159, -0.126], 32 -0.181 [-0.196, -0.166]; the chosen one, 32 experts, has 3.297
+           [3.276, 3.319] on the test split (JAX 0.10.2)
 Quick:     configs/sweeps/experts_quick.py
 """
 
