@@ -170,6 +170,7 @@ def main() -> None:
     use_all_cores()
     enable_compilation_cache()
     console, rows = Console(), []
+    console.width = max(console.width, 120)  # the table is cut otherwise
     with Progress(console=console) as progress:
         sizes = {"tiny": SIZES["tiny"]} if arguments.quick else SIZES
         for name in progress.track(sizes, description="sizes"):

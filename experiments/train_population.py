@@ -69,11 +69,14 @@ class PopulationEngine:
                 known = set(self._display.task_ids)
                 try:
                     Population(members, self._display).train()
-                except Exception as error:  # recorded in the members' folders
-                    self._display.console.print(f"{members[0].name} and those with it failed: {error}", markup=False)
+                except Exception as error:  # recorded in the members' folders, if they were open already
+                    wrong = f"{type(error).__name__}: {error}"
+                    self._display.console.print(f"{members[0].name} and those with it failed: {wrong}", markup=False)
+                    self._ended += [(trial, wrong) for trial in members]
+                else:
+                    self._ended += [(trial, "") for trial in members]
                 for task in set(self._display.task_ids) - known:
                     self._display.remove_task(task)
-        self._ended = [(trial, "") for trial in trials]
 
     def wait(self) -> list[tuple[Trial, str]]:
         """What was trained."""

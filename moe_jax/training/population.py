@@ -2,9 +2,10 @@
 
 Each member is the run that it would be alone: its parameters come from its own key, its batches are its own, and its
 settings are arrays where a run of its own has constants. The program is the training step of one member under `vmap`,
-spread over the process's devices. On a CPU a device takes its members in turn instead: under `vmap` their intermediate
-arrays together leave the cache, and the step takes a quarter more CPU time (D=64, 8 members of 512 tokens). What
-gains there is a device for each core (`use_all_cores`): small operations find no work for a second core in themselves.
+spread over the process's devices. On a CPU a device takes its members in turn instead: with `vmap` the step of 8
+members takes a quarter more CPU time at D=64 and 512 tokens each, presumably since intermediate arrays of all members
+leave the cache; at D=32 and 256 tokens both take about the same. What gains there is a device for each core
+(`use_all_cores`): small operations find no work for a second core in themselves.
 """
 
 from __future__ import annotations
