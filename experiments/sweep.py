@@ -25,13 +25,14 @@ from rich.progress import Progress
 from rich.table import Table
 
 from experiments.sweep_trial import run_trial, train_trial
-from experiments.train_population import PopulationEngine
+from experiments.train_population import PopulationEngine, check_population
 from moe_jax.data import DataConfig
 from moe_jax.models.config import DecoderConfig
 from moe_jax.report.pictures import plot_sweep
 from moe_jax.runs import Command, ConfigError, RunFolder, run_script, section, write_json
 from moe_jax.runs.bars import bar, progress_display
 from moe_jax.training.loop import TrainingConfig
+from moe_jax.training.mesh import MeshConfig
 from moe_jax.training.optimizer import OptimizerConfig
 from moe_jax.training.population import use_all_cores
 from moe_jax.training.step import LossConfig
@@ -56,6 +57,7 @@ from moe_jax.training.sweeps import (
     summarise,
     write_table,
 )
+from moe_jax.training.tracking import TrackingConfig
 
 ENGINES = ("here", "ray", "slurm", "vmap")
 # What each section of the swept configuration becomes, so that a wrong value is refused before anything is trained.
@@ -65,6 +67,8 @@ SECTIONS = {
     "optimizer": OptimizerConfig,
     "loss": LossConfig,
     "training": TrainingConfig,
+    "mesh": MeshConfig,
+    "tracking": TrackingConfig,
 }
 
 
@@ -98,7 +102,10 @@ def check_sweep(config: ConfigDict, engine_name: str) -> tuple[SweepConfig, list
     check_reference(sweep.reference, axes)
     points = example_points(axes, sweep, config.seed)
     for point in points:
-        check_config(apply(config.train, point.settings), SECTIONS, f"point {point.values}")
+        settings = apply(config.train, point.settings)
+        check_config(settings, SECTIONS, f"point {point.values}")
+        if engine_name == "vmap":
+            check_population(settings)
     return sweep, axes, (sweep.points or len(points)) * sweep.seeds
 
 

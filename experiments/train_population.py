@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from ml_collections import ConfigDict
 from rich.progress import Progress
 
 from experiments.text import read_text
@@ -39,6 +40,22 @@ from moe_jax.training.population import (
 )
 from moe_jax.training.step import LossConfig, TrainState, merge_model
 from moe_jax.training.sweeps import Trial, apply
+
+# The only values with which members are the runs that they would be alone.
+ONLY: dict[str, Any] = {
+    "data.tokenizer": "",
+    "data.packing": "crop",
+    "optimizer.name": "adamw",
+    "optimizer.average_decay": 0.0,
+    "training.spikes": None,
+    "training.remat": "none",
+    "mesh.data": 1,
+    "mesh.expert": 1,
+    "mesh.tensor": 1,
+    "tracking.tensorboard": False,
+    "tracking.mlflow": False,
+    "tracking.wandb": False,
+}
 
 
 class PopulationEngine:
@@ -93,6 +110,21 @@ def _what_is_shared(trial: Trial) -> str:
     return to_json(apply(trial.config, dict.fromkeys([*keys, "seed"])))
 
 
+def check_population(config: ConfigDict) -> None:
+    """Refuses what a run of its own has and a member of a population has not.
+
+    Raises:
+      ConfigError: naming the keys, and the values that they may have.
+    """
+    given = {key: config.get(key.split(".")[0], {}).get(key.split(".")[1], only) for key, only in ONLY.items()}
+    refused = [f"{key}={given[key]!r}" for key, only in ONLY.items() if given[key] != only]
+    if refused:
+        known = ", ".join(f"{key}={value!r}" for key, value in ONLY.items())
+        raise ConfigError(
+            f"the engine vmap does not train with {', '.join(refused)}; take another engine, or leave {known}"
+        )
+
+
 class Population:
     """Trials that are trained together."""
 
@@ -106,11 +138,6 @@ class Population:
         self.data = section(DataConfig, config.data, "config.data")
         self.model = section(DecoderConfig, config.model, "config.model")
         self.training = section(TrainingConfig, config.training, "config.training")
-        if self.data.packing != "crop" or self.training.spikes is not None or self.training.remat != "none":
-            raise ConfigError(
-                "the engine vmap trains with data.packing='crop', training.spikes=None and training.remat='none' only, "
-                f"got {self.data.packing!r}, {self.training.spikes} and {self.training.remat!r}; take another engine"
-            )
         optimizers = [section(OptimizerConfig, row.config.optimizer, "config.optimizer") for row in rows]
         losses = [section(LossConfig, row.config.loss, "config.loss") for row in rows]
         # Each member splits its seed as `experiments.train` does.

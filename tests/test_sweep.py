@@ -13,14 +13,16 @@ import nbformat
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from ml_collections import ConfigDict
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from configs.sweeps import experts, experts_quick, learning_rate
 from experiments.sweep import SECTIONS
+from experiments.train_population import check_population
 from moe_jax.models.config import DecoderConfig
 from moe_jax.models.twin import receipt
-from moe_jax.runs import list_runs, read_json, read_metrics, section
+from moe_jax.runs import ConfigError, list_runs, read_json, read_metrics, section
 from moe_jax.training.sweeps import SweepConfig, apply, check_config, check_reference, list_points, read_axes
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -73,6 +75,15 @@ def test_what_is_wrong_is_one_line_and_exit_code_2_before_anything_is_made(tmp_p
     done = sweep(TINY, "--engine=vmap", "--config.sweep.prune=asha", "--workdir", tmp_path / "run")
     assert done.returncode == 2 and "trains all points together" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_population_refuses_what_its_members_would_not_have():
+    config = learning_rate.get_config().train
+    check_population(config)
+    config.data.packing = "pack"
+    config.mesh = ConfigDict({"data": 2})
+    with pytest.raises(ConfigError, match=r"does not train with data.packing='pack', mesh.data=2; take another engine"):
+        check_population(config)
 
 
 def test_a_point_whose_settings_disagree_is_refused_up_front():
