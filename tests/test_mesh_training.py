@@ -102,6 +102,7 @@ def test_fifty_steps_equal_those_of_one_device(sizes, oracle):
     assert_runs_agree(metrics_of_a_run(sizes), oracle)
 
 
+@pytest.mark.slow
 def test_fifty_steps_on_eight_devices():
     """All three axes at once, in a process with twice the devices."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
@@ -123,8 +124,7 @@ def one_step(sizes=None, config=CONFIG, **settings):
 
 LATENT = {"latent_width": 8, "content_width": 4, "rotary_width": 4, "value_width": 4}
 ARCHITECTURES = {
-    "soft": {"rule": "soft", "allow_noncausal": True, "shared_hidden": 0},
-    "deep_soft": {"rule": "soft", "allow_noncausal": True, "shared_hidden": 0, "expert": "deep"},
+    "soft": {"rule": "soft", "allow_noncausal": True, "shared_hidden": 0, "expert": "deep"},
     "latent_attention": {"attention": "latent", "attention_settings": LATENT, "shared_gate": True},
     "everything": {
         "expert": "gpt_oss",
