@@ -11,8 +11,7 @@ it would take the router and attention too, and refuses an einsum of one operand
 """
 
 import functools
-import importlib
-from types import ModuleType
+import importlib.util
 from typing import Literal, get_args
 
 import jax
@@ -25,16 +24,15 @@ TYPES = {"int8": jnp.int8, "float8": jnp.float8_e4m3fn}
 
 
 def check_precision(precision: str) -> None:
-    """Refuses an unknown name, and a low precision without the package that does it.
+    """Refuses what cannot be done.
 
     Raises:
-      ValueError: an unknown name; the message lists the known ones.
-      ImportError: qwix is not installed.
+      ValueError: an unknown name; the message lists the known ones. A low precision without qwix installed.
     """
     if precision not in get_args(Precision):
         raise ValueError(f"unknown precision {precision!r}; known: {', '.join(get_args(Precision))}")
-    if precision != "full":
-        _qwix()
+    if precision != "full" and importlib.util.find_spec("qwix") is None:
+        raise ValueError(f'precision={precision!r} needs the package qwix: pip install "moe_jax[scale]"')
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -49,7 +47,8 @@ def multiply(rows: Array, matrix: Array, precision: Precision) -> Array:
     Returns:
       `[N, F]` in the dtype of the rows.
     """
-    qwix = _qwix()
+    import qwix
+
     left = qwix.quantize(rows, TYPES[precision], channelwise_axes=(0,))
     right = qwix.quantize(matrix, TYPES[precision], channelwise_axes=(1,))
     return qwix.dot_general(left, right, (((1,), (0,)), ((), ()))).astype(rows.dtype)
@@ -66,11 +65,3 @@ def _backward(precision: Precision, kept: tuple[Array, Array], gradient: Array) 
 
 
 multiply.defvjp(_forward, _backward)
-
-
-def _qwix() -> ModuleType:
-    """The package, loaded by those who ask for it."""
-    try:
-        return importlib.import_module("qwix")
-    except ImportError as error:
-        raise ImportError('a precision of "int8" or "float8" needs qwix: pip install "moe_jax[scale]"') from error
