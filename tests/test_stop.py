@@ -47,6 +47,13 @@ def test_an_error_that_a_person_can_mend_is_a_line(tmp_path, capsys):
     assert capsys.readouterr().err == "error: turn it off and on again\n"
 
 
+def test_an_experiment_for_one_host_refuses_several(tmp_path, capsys):
+    (tmp_path / "small.py").write_text(CONFIG)
+    command = ["--workdir", str(tmp_path / "run"), "--hosts=localhost:29500,2,0"]
+    assert run_script(pytest.fail, str(tmp_path / "small.py"), command) == 2
+    assert "runs on one host; leave out --hosts" in capsys.readouterr().err
+
+
 def test_the_second_signal_ends_the_process_at_once(tmp_path):
     program = """
 import os, signal

@@ -47,13 +47,19 @@ class Command:
     hosts: str | None = None
 
 
-def run_script(main: Callable[[Command], None], default_config: str, argv: Sequence[str] | None = None) -> int:
+def run_script(
+    main: Callable[[Command], None],
+    default_config: str,
+    argv: Sequence[str] | None = None,
+    takes_hosts: bool = False,
+) -> int:
     """Runs an experiment from the command line; what a person can mend becomes one line instead of a traceback.
 
     Args:
       main: the experiment; its module's docstring is the text of `--help`.
       default_config: path of the configuration that `--config` replaces.
       argv: arguments without the program's name; None takes those of the process.
+      takes_hosts: whether the experiment may run on several hosts.
 
     Returns:
       The exit code: 0, also where SIGTERM stopped the program; 2 after an error that a person can mend; 130 after
@@ -68,6 +74,8 @@ def run_script(main: Callable[[Command], None], default_config: str, argv: Seque
         command = parse_command(sys.argv[1:] if argv is None else argv, default_config, program, module.__doc__ or "")
         again = f"to continue: {program} --workdir {command.workdir} --resume"
         if command.hosts:
+            if not takes_hosts:
+                raise ConfigError(f"{program} runs on one host; leave out --hosts")
             initialize_hosts(command.hosts)
         enable_compilation_cache()
         with leaving_at_once():
@@ -82,10 +90,8 @@ def run_script(main: Callable[[Command], None], default_config: str, argv: Seque
     except Exception:
         if num_hosts() == 1:
             raise
-        code, message = (
-            1,
-            f"{traceback.format_exc()}\nif a connection was lost, another host's messages say why; {again}",
-        )
+        cause = "if a connection was lost, another host's messages say why"
+        code, message = 1, f"{traceback.format_exc()}\n{cause}; {again}"
     print(message, file=sys.stderr)
     if num_hosts() > 1:
         leave_hosts(code)
