@@ -16,6 +16,7 @@ from moe_jax.analysis import RoutingTrace, save_trace, summarise_routing, trace_
 from moe_jax.data import DataConfig, Sequences, balanced_subset, pack, train_batches
 from moe_jax.models.config import DecoderConfig
 from moe_jax.models.decoder import Decoder
+from moe_jax.models.execution import Execution
 from moe_jax.routing import full_topology
 from moe_jax.runs import MetricsWriter, RunFolder, read_json, section, write_json
 from moe_jax.runs.bars import bar
@@ -53,7 +54,9 @@ class Lab:
         steps, heal_steps = self.training.steps, self.training.heal_steps
         optimizer = make_optimizer(_section(OptimizerConfig, config, "optimizer"), steps, heal_steps)
         self.graphdef, self.initial = init_state(
-            lambda key: Decoder(self.model, key=key), jax.random.fold_in(self.key, 0), optimizer
+            lambda key: Decoder(self.model, key=key, execution=Execution(remat=self.training.remat)),
+            jax.random.fold_in(self.key, 0),
+            optimizer,
         )
         self.step = make_train_step(
             self.graphdef, optimizer, _section(LossConfig, config, "loss"), jax.random.fold_in(self.key, 3)

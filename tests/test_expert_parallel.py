@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.dispatch import BACKENDS
 from moe_jax.dispatch.expert_parallel import ExchangeCounts, ExpertParallel
+from moe_jax.nn.attention_experts import PROJECTION
 from moe_jax.nn.expert_stack import ExpertStack
 from moe_jax.nn.moe import MoELayer
 from moe_jax.nn.routers.linear import LinearRouter
@@ -82,6 +83,12 @@ def problem(case, seed=0):
 @functools.partial(jax.jit, static_argnums=0)
 def count(dispatch, tokens, plan, params):
     return dispatch.dispatch_and_count(tokens, plan, SWIGLU, params)[1]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def expert_output_and_grads(expert, dispatch, tokens, plan, params, output_grad):
+    output, vjp = jax.vjp(lambda *arguments: dispatch(arguments[0], plan, expert, arguments[1]), tokens, params)
+    return output, vjp(output_grad)
 
 
 def exchange_loop(ids, num_data, num_shards, rows_per_shard, rows_per_expert):
@@ -278,6 +285,18 @@ def test_any_other_axis_repeats_the_work():
     assert_trees_close(output_and_grads(dispatch, *arguments), output_and_grads(BACKENDS["dense"], *arguments))
 
 
+@pytest.mark.parametrize("kind", ["swiglu", "mlp"])
+def test_hidden_units_over_a_tensor_axis(kind):
+    """Two devices give the halves of each expert's output; the bias of the output is added once."""
+    tokens, plan, _, output_grad = problem(ids_with_empty_slots)
+    stack = ExpertStack(NUM_EXPERTS, WIDTH, 6, kind=kind, settings={"use_bias": True}, key=jax.random.key(0))
+    params = jax.tree.map(lambda leaf: leaf + 0.1, stack.parameters(jnp.float32))  # biases that would show
+    mesh = make_mesh(1, 2, 2, names=("data", "expert", "tensor"))
+    run = functools.partial(expert_output_and_grads, stack.expert)
+    expected = run(BACKENDS["dense"], tokens, plan, params, output_grad)
+    assert_trees_close(run(ExpertParallel(mesh, tensor_axis="tensor"), tokens, plan, params, output_grad), expected)
+
+
 def test_bfloat16():
     tokens, plan, params, output_grad = problem(ids_with_empty_slots)
     tokens, output_grad, params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (tokens, output_grad, params))
@@ -323,6 +342,13 @@ def test_what_cannot_work_is_refused():
         ExpertParallel(mesh, send_factor=0)
     with pytest.raises(ValueError, match="capacity_factor must be positive, got -1"):
         ExpertParallel(mesh, capacity_factor=-1)
+    with pytest.raises(ValueError, match="tensor_axis='expert' is another axis already"):
+        ExpertParallel(mesh, tensor_axis="expert")
+    with pytest.raises(ValueError, match="no axis 'tensor'"):
+        ExpertParallel(mesh, tensor_axis="tensor")
+    three = make_mesh(2, 1, 2, names=("data", "expert", "tensor"))
+    with pytest.raises(ValueError, match=r"not a sum over hidden units .* cannot be split over axis 'tensor'"):
+        ExpertParallel(three, tensor_axis="tensor")(tokens, plan, PROJECTION, params)
     with pytest.raises(ValueError, match="must be of type Auto"):
         ExpertParallel(jax.make_mesh((2, 2), ("data", "expert")))
     with pytest.raises(ValueError, match=r"14 tokens do not divide over 2 x 2 devices; append .* \(expert id 8\)"):

@@ -241,7 +241,7 @@ def halve(params, rows):
     ("arguments", "message"),
     [
         ({"kind": "relu"}, "unknown expert kind 'relu'; known: swiglu, geglu, mlp, relu2, gpt_oss, deep"),
-        ({"settings": {"beta": 1}}, "'swiglu' has no setting 'beta'; it has: activation, use_bias"),
+        ({"settings": {"beta": 1}}, "'swiglu' has no setting 'beta'; it has: activation, precision, use_bias"),
         ({"kind": "mlp", "settings": {"activation": "tanh"}}, "unknown activation 'tanh'; known: relu, relu2, gelu"),
         ({"kind": "deep", "settings": {"num_layers": 0}}, "num_layers must be at least 1, got 0"),
         ({"hidden_sizes": (1, 2)}, r"hidden_sizes=\(1, 2\) must be one width in \[1, 3\] for each of 4 experts"),

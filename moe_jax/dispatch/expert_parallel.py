@@ -16,9 +16,9 @@ rows a token in place of 8.
 
 Rows move by gathers in both passes (`dispatch.rows`), so that moving them is deterministic.
 
-With a tensor axis the hidden units of each expert are split over it too: devices that differ only there send and receive
-the same rows, each computes the part of the outputs that its hidden units give, and the parts are added where the
-tokens live. What travels has names, `RECEIVED` and `RETURNED`, so that a rematerialisation policy can keep it.
+With a tensor axis the hidden units of each expert are split over it too: devices that differ only there send and
+receive the same rows, each computes the part of the outputs that its hidden units give, and the parts are added where
+the tokens live. What travels has names, `RECEIVED` and `RETURNED`, so that a rematerialisation policy can keep it.
 """
 
 from __future__ import annotations

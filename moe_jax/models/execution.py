@@ -1,4 +1,4 @@
-"""How a model's program runs, as opposed to what it computes: over which devices, and what it keeps for the gradient."""
+"""How a model's program runs, as opposed to what it computes: on which devices, and what it keeps for the gradient."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class Execution:
         two, and travel to their experts by `ExpertParallel`.
       remat: what of a layer the backward pass does not compute once more. "none" recomputes nothing. "layer" keeps a
         layer's input alone. "dispatch" keeps besides what other devices sent, so that tokens do not travel again; on
-        one device it is "layer". "dots" keeps the results of matrix products with weights.
+        one device it is "layer". "dots" keeps the results of matrix products with weights, routed experts excepted.
     """
 
     mesh: Mesh | None = None

@@ -9,6 +9,7 @@ from flax import nnx
 from moe_jax.nn.expert_stack import Setting
 from moe_jax.ops.attention import attend, attention_weights, visible_keys
 from moe_jax.ops.linear import linear
+from moe_jax.ops.low_precision import Precision, check_precision
 from moe_jax.ops.norms import rms_norm
 from moe_jax.ops.rotary import Rotary, get_rotary, rotate
 from moe_jax.types import Array
@@ -80,6 +81,7 @@ class Attention(nnx.Module):
         scale: float = 0.0,
         far_scale: float = 0.0,
         far_length: int = 8192,
+        precision: Precision = "full",
         output_scale: float = 1.0,
         key: Array,
     ):
@@ -104,17 +106,20 @@ class Attention(nnx.Module):
           far_scale: c; layers that do not turn scale the query at position p by `c ln(1 + floor((p + 1) / far_length))
             + 1` (Llama 4, from 2501.19399); 0 for not.
           far_length: see `far_scale`.
+          precision: of the factors of the two projections; see `ops.low_precision`.
           output_scale: factor on the output projection.
           key: consumed.
 
         Raises:
-          ValueError: an unknown `qk_norm`.
+          ValueError: an unknown `qk_norm` or `precision`.
         """
+        check_precision(precision)
         if qk_norm not in get_args(QueryKeyNorm):
             raise ValueError(f"unknown qk_norm {qk_norm!r}; known: {', '.join(get_args(QueryKeyNorm))}")
         head_width = head_width or width // num_heads
         self.rotation, self.qk_norm, self.norm_epsilon = rotation, qk_norm, norm_epsilon
         self.clip, self.scale, self.far = clip, scale or None, (far_scale, far_length)
+        self.precision = precision
         in_key, out_key = jax.random.split(key)
         heads = num_heads + 2 * num_kv_heads
         self.qkv = nnx.Param(jax.random.normal(in_key, (width, heads, head_width)) * width**-0.5)
@@ -181,7 +186,7 @@ class Attention(nnx.Module):
         """Queries and keys at their positions, and values: `[B, S, H or Hkv, Dh]`."""
         num_heads = self.out.shape[0]
         num_kv_heads = (self.qkv.shape[1] - num_heads) // 2
-        qkv = linear(x, self.qkv[...].astype(x.dtype))
+        qkv = linear(x, self.qkv[...].astype(x.dtype), precision=self.precision)
         if self.qkv_bias is not None:
             qkv += self.qkv_bias[...].astype(x.dtype)[None, None]
         query, key, value = jnp.split(qkv, [num_heads, num_heads + num_kv_heads], axis=2)
@@ -219,7 +224,7 @@ class Attention(nnx.Module):
     def _leave(self, mixed: Array) -> Array:
         """`[B, S, H, Dh]` back to `[B, S, D]`."""
         out = self.out[...].astype(mixed.dtype)
-        y = linear(mixed.reshape(*mixed.shape[:2], -1), out.reshape(-1, out.shape[-1]))
+        y = linear(mixed.reshape(*mixed.shape[:2], -1), out.reshape(-1, out.shape[-1]), precision=self.precision)
         return y if self.out_bias is None else y + self.out_bias[...].astype(mixed.dtype)[None, None]
 
 

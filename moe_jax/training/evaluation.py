@@ -33,7 +33,6 @@ def make_evaluator(
       A function that gives `nll [N]` (nats, summed over a sequence's scored targets) and `targets [N]` (their number).
       The topology (`keep [L, 1, E]`) may be None.
     """
-
     if mesh is not None:
         batch_size += -batch_size % batch_parts(mesh)
 

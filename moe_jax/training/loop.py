@@ -1,8 +1,8 @@
 """The training loop: steps, metrics, checkpoints, and a stop with a name when numbers stop being numbers."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -88,7 +88,7 @@ def train(
       record: `(step, metrics)`, steps counted from 1, every step, in order.
       topology: trained under, `keep [L, 1, E]`; None for everything open.
       last_saved: the checkpoint that `state` came from, for the error message.
-      mesh: over which batches are split; the state is placed on it already and stays where it lies. None for one device.
+      mesh: over which batches are split; the state lies on it already and stays where it lies. None for one device.
       is_stopping: asked after every step; True ends the loop there, saved like any other end.
 
     Returns:
@@ -101,10 +101,10 @@ def train(
     compiled = jax.jit(step, donate_argnums=0, out_shardings=shardings)
     number = int(state.step)
     for batch in batches:
-        tokens, mask = batch.tokens, batch.mask
+        rows: Sequence[Any] = (batch.tokens, batch.mask)
         if mesh is not None:
-            tokens, mask = place_batch(mesh, tokens), place_batch(mesh, mask)
-        state, metrics = compiled(state, tokens, mask, topology)
+            rows = [place_batch(mesh, array) for array in rows]
+        state, metrics = compiled(state, *rows, topology)
         number += 1
         values = jax.tree.map(np.asarray, jax.device_get(metrics))
         _require_finite(number, values, last_saved)

@@ -157,11 +157,10 @@ def _partition(name: str, shape: tuple[int, ...], sizes: dict[str, int]) -> Part
     for pattern, places in PLACES:
         if re.search(rf"(^|/){pattern}$", name) and len(shape) >= len(places) - places.count(...):
             return _divide(_fit(places, len(shape)), shape, sizes)
-    places = [None] * len(shape)
     if math.prod(shape) >= SMALL:
         for axis in sorted(range(len(shape)), key=lambda axis: -shape[axis]):
-            candidate = [*places[:axis], "rest", *places[axis + 1 :]]
-            if any(divided := _divide(candidate, shape, sizes)):
+            divided = _divide(["rest" if other == axis else None for other in range(len(shape))], shape, sizes)
+            if any(divided):
                 return divided
     return PartitionSpec()
 
@@ -170,7 +169,10 @@ def _fit(places: Sequence[str | EllipsisType | None], rank: int) -> list[str | N
     """Replaces an ellipsis by as many unsplit axes as the rank asks for."""
     fitted: list[str | None] = []
     for place in places:
-        fitted += [None] * (rank - len(places) + 1) if isinstance(place, EllipsisType) else [place]
+        if isinstance(place, EllipsisType):
+            fitted += [None] * (rank - len(places) + 1)
+        else:
+            fitted.append(place)
     return fitted
 
 

@@ -17,57 +17,65 @@ import jax.numpy as jnp
 
 from moe_jax.nn.experts.kind import ExpertKind
 from moe_jax.ops.linear import linear
+from moe_jax.ops.low_precision import Precision, check_precision
 from moe_jax.types import Array, Expert
 
 
-def mlp(*, activation: str = "gelu", use_bias: bool = False) -> ExpertKind:
+def mlp(*, activation: str = "gelu", use_bias: bool = False, precision: Precision = "full") -> ExpertKind:
     """Two matrices with an activation between.
 
     Args:
       activation: a key of `ACTIVATIONS`.
       use_bias: whether both matrices have one; it starts at zero.
+      precision: of the matmuls' factors; see `ops.low_precision`.
     """
-    return ExpertKind(_network(1, _activation(activation)), functools.partial(_draw, 1, use_bias))
+    return ExpertKind(_network(1, _activation(activation), precision), functools.partial(_draw, 1, use_bias))
 
 
-def gated(*, activation: str = "silu", use_bias: bool = False) -> ExpertKind:
+def gated(*, activation: str = "silu", use_bias: bool = False, precision: Precision = "full") -> ExpertKind:
     """The activation of one projection gates another: SwiGLU with silu, GeGLU with gelu.
 
     Args:
       activation: a key of `ACTIVATIONS`.
       use_bias: whether the matrices have one; it starts at zero.
+      precision: of the matmuls' factors; see `ops.low_precision`.
     """
-    return ExpertKind(
-        _network(2, functools.partial(_gate, _activation(activation))), functools.partial(_draw, 2, use_bias)
-    )
+    gate = functools.partial(_gate, _activation(activation))
+    return ExpertKind(_network(2, gate, precision), functools.partial(_draw, 2, use_bias))
 
 
-def gpt_oss(*, alpha: float = 1.702, limit: float = 7.0) -> ExpertKind:
+def gpt_oss(*, alpha: float = 1.702, limit: float = 7.0, precision: Precision = "full") -> ExpertKind:
     """Gated with biases, clamped, and with one added to the ungated half; checkpoints interleave the two halves.
 
     Args:
       alpha: slope of the gate's sigmoid.
       limit: bound of the gate from above and of the other half on both sides.
+      precision: of the matmuls' factors; see `ops.low_precision`.
     """
-    return ExpertKind(_network(2, functools.partial(_clamped_gate, alpha, limit)), functools.partial(_draw, 2, True))
+    gate = functools.partial(_clamped_gate, alpha, limit)
+    return ExpertKind(_network(2, gate, precision), functools.partial(_draw, 2, True))
 
 
-def _network(num_halves: int, activate: Callable[[Array], Array]) -> Expert:
+def _network(num_halves: int, activate: Callable[[Array], Array], precision: Precision) -> Expert:
+    """The network; in low precision without the form for grouped matmuls, whose kernels know none."""
+    check_precision(precision)
     return Expert(
-        _into_hidden,
-        functools.partial(_out_of_hidden, activate),
-        functools.partial(_of_all_experts, activate),
+        functools.partial(_into_hidden, precision),
+        functools.partial(_out_of_hidden, activate, precision),
+        functools.partial(_of_all_experts, activate) if precision == "full" else None,
         functools.partial(_split_hidden, num_halves),
     )
 
 
-def _into_hidden(params: dict[str, Array], rows: Array) -> Array:
-    hidden = linear(rows, params["w_in"])
+def _into_hidden(precision: Precision, params: dict[str, Array], rows: Array) -> Array:
+    hidden = linear(rows, params["w_in"], precision=precision)
     return hidden + params["b_in"][None] if "b_in" in params else hidden
 
 
-def _out_of_hidden(activate: Callable[[Array], Array], params: dict[str, Array], hidden: Array) -> Array:
-    rows = linear(activate(hidden), params["w_out"])
+def _out_of_hidden(
+    activate: Callable[[Array], Array], precision: Precision, params: dict[str, Array], hidden: Array
+) -> Array:
+    rows = linear(activate(hidden), params["w_out"], precision=precision)
     return rows + params["b_out"][None] if "b_out" in params else rows
 
 
