@@ -153,12 +153,14 @@ class TopologySearch:
             self.lab.run.subfolder("checkpoints", *search_stage(name, seed).split("/")), is_async=False
         )
         with self.files:
-            last, state = store.latest_step(), None
-            if last is not None:
+            restored = None
+            if store.steps():
                 like = start_search(strategy, strategy.default_params, evaluate, self.data, jax.random.key(seed))
-                state = store.restore(last, like)
+                restored = store.restore_newest(like)
+            for warning in restored.warnings if restored else ():
+                self.lab.display.console.print(f"{search_stage(name, seed)}: {warning}", soft_wrap=True)
             for writer in writers:
-                writer.truncate_after(-1 if last is None else last)
+                writer.truncate_after(-1 if restored is None else restored.step)
 
         def on_chunk(status: SearchStatus) -> None:
             with self.files:
@@ -172,7 +174,9 @@ class TopologySearch:
                 store.save(status.generation, status.state)
                 self.lab.run.report_progress(search_stage(name, seed), status.generation, store.path(status.generation))
 
-        topologies, result = run_population_search(self.study, name, self.data, seed, state, on_chunk)
+        topologies, result = run_population_search(
+            self.study, name, self.data, seed, None if restored is None else restored.tree, on_chunk
+        )
         store.close()
         self._require_finite(name, seed, result)
         return topologies, result.evaluations // len(writers)

@@ -7,6 +7,8 @@ Examples:
   python -m experiments.train --config.data.tokenizer=bpe:4096 --config.model.vocab_size=4096 --config.data.packing=pack
   python -m experiments.train --workdir runs/mine --resume
   python -m experiments.train --config configs/train_mesh.py
+  python -m experiments.train --config configs/train_mesh.py --config.mesh.data=-1 --hosts=10.0.0.1:29500,4,0
+      (on the host 10.0.0.1, and on three others with 1, 2 and 3 at the end; see configs/cluster)
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -177,4 +179,4 @@ def main(command: Command) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_script(main, "configs/train.py"))
+    raise SystemExit(run_script(main, "configs/train.py", takes_hosts=True))

@@ -143,7 +143,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path,
     damage(folder, 11)
     state, said = life(folder, parts)
     assert "train: the checkpoint of step 11 is damaged (its facts have changed since they were saved)" in said
-    assert "train: going on from the checkpoint of step 10" in said
+    assert "going on from step 10" in said
     assert int(state.step) == 12 and contents(folder) == straight
     assert checkpoints(folder) == ["10", "12", "damaged"]
     for step in (10, 12):

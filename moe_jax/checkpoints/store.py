@@ -18,6 +18,16 @@ import jax
 import numpy as np
 
 from moe_jax.checkpoints.digest import digest_arrays
+from moe_jax.checkpoints.leaves import (
+    as_data,
+    as_leaf,
+    describe_differences,
+    describe_leaf,
+    is_key,
+    named_leaves,
+    restore_target,
+    shape_and_dtype,
+)
 from moe_jax.errors import MendableError
 from moe_jax.hosts import any_host, gather_texts, is_first_host
 from moe_jax.types import ArrayTree
@@ -49,6 +59,15 @@ class Restored(NamedTuple):
     step: int
     tree: ArrayTree
     damaged: dict[int, str]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What people must be told of the damaged ones, in a line each."""
+        return [
+            f"the checkpoint of step {step} is damaged ({reason}) and was set aside in the folder `damaged` beside it; "
+            f"going on from step {self.step}"
+            for step, reason in self.damaged.items()
+        ]
 
 
 class CheckpointStore:
@@ -121,13 +140,13 @@ class CheckpointStore:
         if step in self._manager.all_steps():
             raise CheckpointError(f"checkpoint {self.path(step)} exists already; delete it to write step {step} again")
         self.wait()
-        leaves = _named_leaves(tree)
-        data = {name: _as_data(leaf) for name, leaf in leaves.items()}
+        leaves = named_leaves(tree)
+        data = {name: as_data(leaf) for name, leaf in leaves.items()}
         self._require_room(sum(array.nbytes for array in data.values()))
         digests = digest_arrays(data)
         facts = {
-            "leaves": {name: _facts(leaf) | {"digest": digests[name]} for name, leaf in leaves.items()},
-            "key_kinds": {name: str(jax.random.key_impl(leaf)) for name, leaf in leaves.items() if _is_key(leaf)},
+            "leaves": {name: describe_leaf(leaf) | {"digest": digests[name]} for name, leaf in leaves.items()},
+            "key_kinds": {name: str(jax.random.key_impl(leaf)) for name, leaf in leaves.items() if is_key(leaf)},
             "metadata": dict(metadata or {}),
         }
         # Orbax refuses arrays without numbers; their shape in the facts says all there is.
@@ -173,10 +192,10 @@ class CheckpointStore:
         """
         recorded, problem = self._read_facts(step), ""
         facts = recorded["leaves"]
-        wanted = _named_leaves(like)
-        if problems := _differences(facts, {name: _facts(leaf) for name, leaf in wanted.items()}):
+        wanted = named_leaves(like)
+        if problems := describe_differences(facts, {name: describe_leaf(leaf) for name, leaf in wanted.items()}):
             raise CheckpointError(f"checkpoint {self.path(step)} does not fit: {'; '.join(problems[:5])}")
-        targets = {name: _target(leaf) for name, leaf in wanted.items() if leaf.size}
+        targets = {name: restore_target(leaf) for name, leaf in wanted.items() if leaf.size}
         try:
             # Without the manager, whose barriers would keep the other hosts waiting when one meets damage.
             state = self._reader.restore(self.path(step) / "state", args=self._args.StandardRestore(targets))
@@ -184,11 +203,11 @@ class CheckpointStore:
             # TensorStore raises many types for a damaged file; all mean the same to the reader.
             problem = _first_line(error)
         self._require_whole(step, problem)
-        data = {name: state[name] if leaf.size else np.zeros(*_shape_dtype(leaf)) for name, leaf in wanted.items()}
+        data = {name: state[name] if leaf.size else np.zeros(*shape_and_dtype(leaf)) for name, leaf in wanted.items()}
         for name, digest in digest_arrays(data).items():
             if digest != facts[name]["digest"]:
                 raise self._damaged(step, f"the contents of {name} have changed since they were saved")
-        leaves = [_as_leaf(data[name], leaf, recorded["key_kinds"].get(name)) for name, leaf in wanted.items()]
+        leaves = [as_leaf(data[name], leaf, recorded["key_kinds"].get(name)) for name, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
     def restore_newest(self, like: ArrayTree) -> Restored | None:
@@ -318,67 +337,3 @@ def _digest_json(value: dict[str, Any]) -> str:
 def _first_line(error: Exception) -> str:
     """The first line of an error's message, or its type if there is none."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
-def _named_leaves(tree: ArrayTree) -> dict[str, Any]:
-    """Returns path -> leaf, refusing leaves that are no arrays."""
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    for name, leaf in leaves.items():
-        if not hasattr(leaf, "dtype"):
-            raise TypeError(f"leaf {name!r} is {type(leaf).__name__}, not an array")
-    return leaves
-
-
-def _is_key(leaf: Any) -> bool:
-    """Tells whether a leaf is an array of typed PRNG keys."""
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _facts(leaf: Any) -> dict[str, Any]:
-    """Describes a leaf by shape and dtype, in JSON."""
-    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-
-
-def _as_data(leaf: Any) -> Any:
-    """Returns the plain array behind a leaf."""
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _shape_dtype(leaf: Any) -> tuple[tuple[int, ...], Any]:
-    """Returns shape and dtype of the plain array behind a leaf, which may be a `ShapeDtypeStruct`."""
-    data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-    return data.shape, data.dtype
-
-
-def _is_placed(leaf: Any) -> bool:
-    """Tells whether a leaf is bound to devices. If not it must stay so: jit would compile another program for it."""
-    return getattr(leaf, "committed", getattr(leaf, "sharding", None) is not None)
-
-
-def _target(leaf: Any) -> Any:
-    """Describes to Orbax what to restore a leaf to."""
-    if _is_key(leaf) or not _is_placed(leaf):
-        return np.empty(*_shape_dtype(leaf))
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-
-def _as_leaf(data: Any, like: Any, key_kind: str | None) -> Any:
-    """Turns a restored plain array into the kind of leaf that `like` is."""
-    if isinstance(like, np.ndarray | np.generic):
-        return np.asarray(data)
-    return jax.numpy.asarray(data) if key_kind is None else jax.random.wrap_key_data(data, impl=key_kind)
-
-
-def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Phrases how the leaves of a checkpoint differ from those that are asked for."""
-    problems = [f"it lacks {name}" for name in wanted.keys() - saved.keys()]
-    problems += [f"it holds {name}, which is not asked for" for name in saved.keys() - wanted.keys()]
-    for name in wanted.keys() & saved.keys():
-        have = (saved[name]["dtype"], saved[name]["shape"])
-        want = (wanted[name]["dtype"], wanted[name]["shape"])
-        if have != want:
-            problems.append(f"{name} is {have[0]}{have[1]}, expected {want[0]}{want[1]}")
-    return sorted(problems)

@@ -56,6 +56,7 @@ def run_script(
     default_config: str,
     argv: Sequence[str] | None = None,
     choices: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    takes_hosts: bool = False,
 ) -> int:
     """Runs an experiment from the command line; what a person can mend becomes one line instead of a traceback.
 
@@ -64,6 +65,7 @@ def run_script(
       default_config: path of the configuration that `--config` replaces.
       argv: arguments without the program's name; None takes those of the process.
       choices: name of an option -> its values, the default first, as in `{"engine": ("here", "ray")}`.
+      takes_hosts: whether the experiment may run on several hosts.
 
     Returns:
       The exit code: 0, also where SIGTERM stopped the program; 2 after an error that a person can mend; 130 after
@@ -79,6 +81,8 @@ def run_script(
         command = parse_command(arguments, default_config, program, module.__doc__ or "", choices)
         again = f"to continue: {program} --workdir {command.workdir} --resume"
         if command.hosts:
+            if not takes_hosts:
+                raise ConfigError(f"{program} runs on one host; leave out --hosts")
             initialize_hosts(command.hosts)
         enable_compilation_cache()
         with leaving_at_once():
@@ -93,10 +97,8 @@ def run_script(
     except Exception:
         if num_hosts() == 1:
             raise
-        code, message = (
-            1,
-            f"{traceback.format_exc()}\nif a connection was lost, another host's messages say why; {again}",
-        )
+        cause = "if a connection was lost, another host's messages say why"
+        code, message = 1, f"{traceback.format_exc()}\n{cause}; {again}"
     print(message, file=sys.stderr)
     if num_hosts() > 1:
         leave_hosts(code)

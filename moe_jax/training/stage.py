@@ -126,11 +126,7 @@ def _restore(
     """The newest checkpoint that is whole; says which newer ones are not, and puts the run back to it."""
     restored = store.restore_newest(initial)
     if restored is not None and restored.damaged:
-        for step, reason in restored.damaged.items():
-            display.console.print(
-                f"{stage}: the checkpoint of step {step} is damaged ({reason}); it was moved to {store.folder}/damaged",
-                soft_wrap=True,
-            )
-        display.console.print(f"{stage}: going on from the checkpoint of step {restored.step}")
+        for warning in restored.warnings:
+            display.console.print(f"{stage}: {warning}", soft_wrap=True)
         run.report_progress(stage, restored.step, store.path(restored.step))
     return restored
