@@ -155,6 +155,8 @@ def test_muon_orthogonalises_each_matrix_and_decays_like_the_others():
     moved = (draw(0)["stacks"]["experts"]["w_in"] - np.asarray(first["stacks"]["experts"]["w_in"])) / 0.05
     singular = np.linalg.svd(moved / (0.2 * np.sqrt(140)), compute_uv=False)
     assert singular.shape == (2, 3, 130) and (singular > 0.5).mean() > 0.97 and singular.max() < 1.3
+    tables = np.abs(draw(0)["embedding"] - np.asarray(first["embedding"]))
+    assert np.ptp(tables) < 1e-3 * tables.max(), "Adam moves every number of an embedding by the same in its first step"
     decayed = run(dataclasses.replace(config, weight_decay=0.3), 1)[0][0]
     expected = jax.tree_util.tree_map_with_path(
         lambda path, plain, start: plain - (0 if "scale" in jax.tree_util.keystr(path) else 0.05 * 0.3 * start),

@@ -172,7 +172,7 @@ def _matrix_dimensions(params: ArrayTree) -> ArrayTree:
 
     def dimensions(path: tuple, leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
         name = jax.tree_util.keystr(path)
-        if leaf.ndim < 3 or is_vector(path):
+        if leaf.ndim < 3 or is_vector(path) or "embedding" in name:
             return None
         if "qkv" in name:
             return optax.contrib.MuonDimensionNumbers((1,), (2, 3))
