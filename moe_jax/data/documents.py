@@ -19,17 +19,17 @@ class Document:
       text: its bytes.
       domain: what kind of text it is.
       name: unique within the domain.
-      licence: under which it stands; None where that is not known.
       ids: its tokens, `[N]` ints or a span of a file; None where the bytes are the tokens.
       token_bytes: `[V]` int64, the bytes that each id stands for, or None if the tokenizer does not tell.
+      licence: under which it stands; None where that is not known.
     """
 
     text: bytes
     domain: str
     name: str
-    licence: str | None = None
     ids: np.ndarray | TokenSpan | None = dataclasses.field(default=None, compare=False)
     token_bytes: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
+    licence: str | None = None
 
     @property
     def tokens(self) -> np.ndarray:
