@@ -88,6 +88,10 @@ def test_the_newest_are_kept(tmp_path):
             store.restore(3, {"x": jnp.zeros(2)})
         with pytest.raises(CheckpointError, match="exists already"):
             store.save(10, {"x": jnp.zeros(2)})
+        for step in (300, 400, 500):
+            store.save(step, {"x": jnp.zeros(2)})
+        store.wait()
+        assert len(list((tmp_path / "deleted").iterdir())) == 1, "what is deleted must not fill the disk"
 
 
 def test_donating_right_after_an_async_save_does_not_reach_the_checkpoint(tmp_path):

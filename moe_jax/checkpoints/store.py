@@ -140,6 +140,7 @@ class CheckpointStore:
         if step in self._manager.all_steps():
             raise CheckpointError(f"checkpoint {self.path(step)} exists already; delete it to write step {step} again")
         self.wait()
+        self._remove_leftovers()
         leaves = named_leaves(tree)
         data = {name: as_data(leaf) for name, leaf in leaves.items()}
         self._require_room(sum(array.nbytes for array in data.values()))
