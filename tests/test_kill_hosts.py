@@ -31,7 +31,9 @@ def command(workdir: pathlib.Path, **changes: object) -> list[str]:
 def contents(workdir: pathlib.Path) -> dict[str, object]:
     """Everything that a run leaves and that depends on no clock, path -> content."""
     files: dict[str, object] = {
-        str(path.relative_to(workdir)): path.read_bytes() for path in workdir.glob("metrics/**/*.parquet")
+        str(path.relative_to(workdir)): path.read_bytes()
+        for path in workdir.glob("metrics/**/*.parquet")
+        if path.parent.name != "timing"
     }
     files["results.json"] = read_json(workdir / "results.json")
     newest = max(checkpoints(workdir))

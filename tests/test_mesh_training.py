@@ -41,6 +41,7 @@ class Rows:
 
     tokens: np.ndarray
     mask: np.ndarray
+    segments: None = None
 
 
 def batch(seed, size=8, length=13):

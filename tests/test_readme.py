@@ -69,17 +69,22 @@ def test_the_map_shows_every_package_in_its_row():
 
 def test_modules_of_the_commands_exist_and_their_options_are_known():
     modules = {match[1] for command in COMMANDS if (match := re.search(r"python -m (experiments\.\w+)", command))}
-    assert len(modules) == 10
+    assert len(modules) == 15
     assert all((ROOT / f"{module.replace('.', '/')}.py").is_file() for module in modules)
+    known = {script: options_of(script) for script in ("experiments.evolve_topology", "experiments.train")}
+    for script, of_script in known.items():
+        options = {option for line in COMMANDS if script in line for option in re.findall(r"--[\w.]+", line)}
+        assert options and options <= of_script
+    inline = {option for text in re.findall(r"`(--config[^`]+)`", README) for option in re.findall(r"--[\w.]+", text)}
+    assert inline and inline <= set().union(*known.values())
+
+
+def options_of(script):
+    """What an experiment's --help names."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "experiments.evolve_topology", "--help"]
+    command = [sys.executable, "-m", script, "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment).stdout
-    lines = [line for line in COMMANDS if "evolve_topology" in line] + re.findall(r"`(--config[^`]+)`", README)
-    options = {match for line in lines for match in re.findall(r"--[\w.]+", line)}
-    known = {"--config", "--workdir", "--resume", "--help"} | {
-        f"--config.{key}" for key in re.findall(r"[\w.]+(?= = )", shown)
-    }
-    assert options and options <= known
+    return set(re.findall(r"--[\w]+", shown)) | {f"--config.{key}" for key in re.findall(r"[\w.]+(?= = )", shown)}
 
 
 def test_no_number_is_missing():

@@ -16,7 +16,7 @@ from tests.tiny_model import TINY
 
 
 def batch(length, dtype=np.int32):
-    return types.SimpleNamespace(tokens=np.ones((2, length), dtype), mask=np.ones((2, length), bool))
+    return types.SimpleNamespace(tokens=np.ones((2, length), dtype), mask=np.ones((2, length), bool), segments=None)
 
 
 def run(batches):
