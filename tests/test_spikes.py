@@ -19,7 +19,7 @@ from tests.tiny_model import TINY
 WINDOW = SpikeConfig(window=5, deviations=6.0, most_in_a_row=2)
 
 
-def counting_step(state, value, norm, topology=None):
+def counting_step(state, value, norm, topology=None, segments=None):
     """A step whose losses are given, and which adds 1 to everything it may change."""
     added = {name: getattr(state, name) + 1 for name in ("params", "balance", "opt_state", "step")}
     return dataclasses.replace(state, **added), {"loss": value, "grad_norm": norm}
@@ -95,7 +95,8 @@ def train_tiny(spikes, name, poison, steps=9):
     for number in range(steps):
         tokens = np.random.default_rng(number).integers(0, 18, (8, 13)).astype(np.int32)
         mask = np.ones((8, 13), bool)
-        batches.append(types.SimpleNamespace(tokens=np.full_like(tokens, 18) if number == 6 else tokens, mask=mask))
+        rows = np.full_like(tokens, 18) if number == 6 else tokens
+        batches.append(types.SimpleNamespace(tokens=rows, mask=mask, segments=None))
     record = lambda number, metrics: recorded.append(metrics)  # noqa: E731
     state = train(state, step, batches, checkpoint_every=99, save=lambda *_: None, record=record)
     return state, recorded

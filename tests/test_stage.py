@@ -169,7 +169,7 @@ def small_disk(tmp_path):
 
 def fill(folder: pathlib.Path) -> None:
     """Takes all that is left of a disk, when no checkpoint is being written: see `test_a_write_that_fails_is_told`."""
-    while list(folder.rglob("*.orbax-checkpoint-tmp*")):
+    while list(folder.glob("run/checkpoints/*/*.orbax-checkpoint-tmp*")):
         time.sleep(0.01)
     with (folder / "filler").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
         while True:
