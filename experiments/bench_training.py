@@ -43,7 +43,7 @@ from moe_jax.checkpoints.model_folder import import_checkpoint, load_model
 from moe_jax.models.config import DecoderConfig
 from moe_jax.models.decoder import Decoder
 from moe_jax.models.twin import dense_twin, receipt
-from moe_jax.runs.environment import describe_environment
+from moe_jax.runs.environment import describe_environment, use_huge_pages
 from moe_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_jax.training.step import LossConfig, make_train_step, state_of
 from moe_jax.training.throughput import peak_flops, useful_flops
@@ -214,6 +214,7 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def main() -> None:
+    use_huge_pages()  # as every training script does; torch gains by it too
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="3 rounds of the small model")
     parser.add_argument("--out", type=Path, help="write the rows and the environment as JSON")
