@@ -3,7 +3,8 @@
 Every other layer has 64 experts, of which a token uses two (GShard's rule, 2006.16668). The networks of experts have
 two matrices; those of the layers between are gated linear units, of three. Positions enter as a relative bias of each
 layer's own, here in T5's buckets. Sizes are those of the paper's Table 4, from which the totals of its Table 1 follow
-with a vocabulary of 32,000; the paper names a SentencePiece vocabulary of 256,000.
+with a vocabulary of 32,000; the paper names a SentencePiece vocabulary of 256,000. Both tables are restated from
+memory.
 """
 
 from typing import Any
